@@ -1,0 +1,54 @@
+// The contract between bindings.cpp, which checks, and the backends, which compute.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace maxva {
+
+// One step's tensors, checked: element i of every list belongs to parameter i, all are on one
+// device and share their parameter's dense layout. Empty lists: vmax, master, group_step.
+struct TensorLists {
+  std::vector<at::Tensor> theta, g, m, u, v, w, vmax, master;
+  std::vector<at::Tensor> step;        // 0-dim float32: updates so far
+  std::vector<at::Tensor> group_step;  // int32 [1] per group; empty where the host counts
+};
+
+struct UpdateArgs {
+  TensorLists lists;
+  Algorithm algorithm;
+  Phase phase;
+  std::vector<Hyper> hyper;                   // per group
+  std::vector<std::optional<at::Tensor>> lr;  // per group: one element, overrides hyper.lr
+  std::vector<int64_t> group_of;              // per parameter
+  std::optional<at::Tensor> control;          // float64 [kControlFields]
+  std::optional<at::Tensor> grad_scale;       // one element; g is divided by it and written back
+  std::optional<at::Tensor> norms;            // float64 [n, 2]: sums of squares of theta, update
+};
+
+// Moves states and parameters and counts the step, unless control says skip.
+void update_cpu(const UpdateArgs& args);
+void update_cuda(const UpdateArgs& args);
+
+// float64 [1]: the sum of squares of all elements, inf or NaN where one of them is.
+at::Tensor sum_of_squares_cpu(const std::vector<at::Tensor>& g);
+at::Tensor sum_of_squares_cuda(const std::vector<at::Tensor>& g);
+
+struct ControlArgs {
+  at::Tensor control;                          // float64 [kControlFields], written
+  std::optional<at::Tensor> sum_of_squares;    // float64 [1], of the gradients as they are
+  std::optional<at::Tensor> grad_scale, found_inf;  // one element each
+  double max_grad_norm;                        // infinity: no clipping
+  bool skip_nonfinite;
+};
+
+void write_control_cpu(const ControlArgs& args);
+void write_control_cuda(const ControlArgs& args);
+
+DType dtype_of(const at::Tensor& tensor);
+
+}  // namespace maxva

@@ -1,0 +1,296 @@
+// The operators torch sees: schemas, and every check, once, before any backend changes anything.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/irange.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <limits>
+
+#include "backend.h"
+
+namespace maxva {
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return DType::kFloat32;  // check_dtype has let no other through
+  }
+}
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+void check_dtype(const Tensor& tensor, const char* list, size_t i) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+                       dtype == at::kHalf,
+                   "maxva: ", list, "[", i, "] is ", dtype,
+                   "; float32, float64, bfloat16 and float16 are supported");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "maxva: ", list, "[", i, "] is ",
+                   tensor.layout(), "; only dense (strided) tensors are supported");
+}
+
+void check_like_parameter(const Tensor& tensor, const Tensor& theta, const char* list, size_t i) {
+  check_dtype(tensor, list, i);
+  TORCH_CHECK_VALUE(tensor.sizes() == theta.sizes(), "maxva: ", list, "[", i, "] has shape ",
+                    tensor.sizes(), ", its parameter has ", theta.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == theta.device(), "maxva: ", list, "[", i, "] is on ",
+                    tensor.device(), ", its parameter is on ", theta.device());
+}
+
+void check_one_element(const std::optional<Tensor>& tensor, const char* name,
+                       std::optional<at::ScalarType> dtype, const at::Device& device) {
+  if (!tensor) return;
+  TORCH_CHECK_VALUE(tensor->numel() == 1, "maxva: ", name, " must have one element, has ",
+                    tensor->numel());
+  TORCH_CHECK_TYPE(!dtype || tensor->scalar_type() == *dtype, "maxva: ", name, " must be ", *dtype,
+                   ", is ", tensor->scalar_type());
+  TORCH_CHECK_VALUE(tensor->device() == device, "maxva: ", name, " is on ", tensor->device(),
+                    ", the parameters are on ", device);
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (const auto dim : c10::irange(a.dim())) {
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  }
+  return true;
+}
+
+// Note [Layouts]
+// A kernel walks memory, so every list must be dense and laid out as its parameter is. A tensor
+// that is not (a gradient with other strides, an expanded one, a slice with gaps) goes through a
+// temporary that is; what is written is copied back into the tensor the caller holds.
+class LayoutFitter {
+ public:
+  Tensor parameter(const Tensor& theta, size_t i) {
+    TORCH_CHECK_VALUE(at::has_internal_overlap(theta) != at::MemOverlap::Yes, "maxva: parameter ",
+                      i, " of shape ", theta.sizes(), " and strides ", theta.strides(),
+                      " has elements that share memory (an expanded tensor); clone it first");
+    if (theta.is_non_overlapping_and_dense()) return theta;
+    return copied_back(theta, theta.contiguous());
+  }
+
+  Tensor like(const Tensor& theta, const Tensor& tensor, bool written) {
+    if (same_layout(theta, tensor)) return tensor;
+    Tensor fitted = at::empty_strided(theta.sizes(), theta.strides(), tensor.options());
+    fitted.copy_(tensor);
+    return written ? copied_back(tensor, std::move(fitted)) : fitted;
+  }
+
+  void copy_back() const {
+    for (const auto& [original, fitted] : copies_) original.copy_(fitted);
+  }
+
+ private:
+  Tensor copied_back(const Tensor& original, Tensor fitted) {
+    copies_.emplace_back(original, fitted);
+    return fitted;
+  }
+
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+};
+
+Algorithm algorithm_of(c10::string_view name) {
+  if (name == "madam") return Algorithm::kMAdam;
+  if (name == "lamadam") return Algorithm::kLaMAdam;
+  TORCH_CHECK_VALUE(false, "maxva: algorithm must be 'madam' or 'lamadam', is '", name, "'");
+}
+
+void bump_versions(TensorList tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorList v, TensorList w,
+             TensorList vmax, TensorList master, TensorList step, TensorList group_step,
+             at::IntArrayRef group_sizes, at::ArrayRef<double> hyper,
+             const c10::List<std::optional<Tensor>>& lr, const std::optional<Tensor>& control,
+             const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& norms,
+             c10::string_view algorithm, int64_t phase) {
+  if (theta.empty()) return;
+  const size_t n = theta.size();
+  const at::Device device = theta[0].device();
+  struct List {
+    const char* name;
+    TensorList tensors;
+    std::vector<Tensor> TensorLists::*member;
+    bool optional;
+  };
+  const List states[] = {
+      {"exp_avg (m)", m, &TensorLists::m, false},
+      {"maxva_avg (u)", u, &TensorLists::u, false},
+      {"exp_avg_sq (v)", v, &TensorLists::v, false},
+      {"maxva_weight (w)", w, &TensorLists::w, false},
+      {"max_exp_avg_sq (vmax)", vmax, &TensorLists::vmax, true},
+      {"master_param", master, &TensorLists::master, true},
+  };
+
+  UpdateArgs args;
+  args.algorithm = algorithm_of(algorithm);
+  TORCH_CHECK_VALUE(phase >= 0 && phase <= 2, "maxva: phase must be 0, 1 or 2, is ", phase);
+  args.phase = static_cast<Phase>(phase);
+  TORCH_CHECK_VALUE(g.size() == n && step.size() == n, "maxva: ", n, " parameters, but ", g.size(),
+                    " gradients and ", step.size(), " step counters");
+  for (const List& list : states) {
+    TORCH_CHECK_VALUE(list.tensors.size() == n || (list.optional && list.tensors.empty()),
+                      "maxva: ", n, " parameters, but ", list.tensors.size(), " of ", list.name);
+  }
+  const size_t groups = group_sizes.size();
+  TORCH_CHECK_VALUE(hyper.size() == groups * kHyperFields && lr.size() == groups,
+                    "maxva: ", groups, " groups need ", groups * kHyperFields,
+                    " hyper-parameters and ", groups, " learning rates, got ", hyper.size(),
+                    " and ", lr.size());
+  TORCH_CHECK_VALUE(group_step.empty() || group_step.size() == groups, "maxva: ", groups,
+                    " groups, but ", group_step.size(), " group steps");
+  for (const auto k : c10::irange(groups)) {
+    TORCH_CHECK_VALUE(group_sizes[k] >= 0, "maxva: group_sizes[", k, "] is negative");
+    args.group_of.insert(args.group_of.end(), group_sizes[k], k);
+    args.hyper.push_back(reinterpret_cast<const Hyper*>(hyper.data())[k]);
+    args.lr.push_back(lr.get(k));
+    check_one_element(args.lr.back(), "lr", {}, device);
+  }
+  TORCH_CHECK_VALUE(args.group_of.size() == n, "maxva: group_sizes add up to ",
+                    args.group_of.size(), ", there are ", n, " parameters");
+  check_one_element(grad_scale, "grad_scale", {}, device);
+  TORCH_CHECK_VALUE(!control || (control->numel() == kControlFields && control->is_contiguous() &&
+                                 control->scalar_type() == at::kDouble &&
+                                 control->device() == device),
+                    "maxva: control must be float64 [", int(kControlFields), "] on ", device);
+  TORCH_CHECK_VALUE(args.phase == Phase::kWhole ||
+                        (norms && norms->sizes() == at::IntArrayRef({int64_t(n), 2}) &&
+                         norms->scalar_type() == at::kDouble && norms->is_contiguous() &&
+                         norms->device() == device),
+                    "maxva: norms must be float64 [", n, ", 2] on ", device);
+
+  LayoutFitter fitter;
+  for (const auto i : c10::irange(n)) {
+    check_dtype(theta[i], "parameter", i);
+    TORCH_CHECK_VALUE(theta[i].device() == device, "maxva: parameter ", i, " is on ",
+                      theta[i].device(), ", parameter 0 is on ", device);
+    check_like_parameter(g[i], theta[i], "gradient", i);
+    const bool is_double = theta[i].scalar_type() == at::kDouble;
+    const auto state_dtype = is_double ? at::kDouble : at::kFloat;
+    for (const List& list : states) {
+      if (list.tensors.empty()) continue;
+      check_like_parameter(list.tensors[i], theta[i], list.name, i);
+      TORCH_CHECK_TYPE(list.tensors[i].scalar_type() == state_dtype, "maxva: ", list.name, "[", i,
+                       "] is ", list.tensors[i].scalar_type(), ", must be ", state_dtype,
+                       " for a parameter of ", theta[i].scalar_type());
+    }
+    check_one_element(step[i], "step", at::kFloat, device);
+  }
+  // Only now: a temporary is the first thing that costs, and copies must be in order.
+  for (const auto i : c10::irange(n)) {
+    args.lists.theta.push_back(fitter.parameter(theta[i], i));
+    const Tensor& fitted = args.lists.theta.back();
+    args.lists.g.push_back(fitter.like(fitted, g[i], grad_scale.has_value()));
+    for (const List& list : states) {
+      if (list.tensors.empty()) continue;
+      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true));
+    }
+  }
+  args.lists.step = step.vec();
+  args.lists.group_step = group_step.vec();
+  args.control = control;
+  args.grad_scale = grad_scale;
+  args.norms = norms;
+
+  if (device.is_cpu()) {
+    update_cpu(args);
+  } else {
+#if defined(MAXVA_WITH_CUDA)
+    update_cuda(args);
+#endif
+  }
+  fitter.copy_back();
+  bump_versions(theta);
+  if (grad_scale) bump_versions(g);
+  for (const List& list : states) bump_versions(list.tensors);
+  bump_versions(step);
+}
+
+std::vector<Tensor> dense(TensorList g) {
+  std::vector<Tensor> result;
+  result.reserve(g.size());
+  for (const auto i : c10::irange(g.size())) {
+    check_dtype(g[i], "gradient", i);
+    TORCH_CHECK_VALUE(g[i].device() == g[0].device(), "maxva: gradient ", i, " is on ",
+                      g[i].device(), ", gradient 0 is on ", g[0].device());
+    result.push_back(g[i].is_non_overlapping_and_dense() ? g[i] : g[i].contiguous());
+  }
+  return result;
+}
+
+Tensor sum_of_squares(TensorList g) {
+  TORCH_CHECK_VALUE(!g.empty(), "maxva: sum_of_squares needs at least one tensor");
+#if defined(MAXVA_WITH_CUDA)
+  if (g[0].is_cuda()) return sum_of_squares_cuda(dense(g));
+#endif
+  return sum_of_squares_cpu(dense(g));
+}
+
+void write_control_(const Tensor& control, const std::optional<Tensor>& sum_of_squares,
+                    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                    double max_grad_norm, bool skip_nonfinite) {
+  const at::Device device = control.device();
+  TORCH_CHECK_VALUE(control.numel() == kControlFields && control.scalar_type() == at::kDouble &&
+                        control.is_contiguous(),
+                    "maxva: control must be float64 [", int(kControlFields), "]");
+  check_one_element(sum_of_squares, "sum_of_squares", at::kDouble, device);
+  check_one_element(grad_scale, "grad_scale", {}, device);
+  check_one_element(found_inf, "found_inf", {}, device);
+  const ControlArgs args{control,   sum_of_squares, grad_scale,
+                         found_inf, max_grad_norm,  skip_nonfinite};
+#if defined(MAXVA_WITH_CUDA)
+  if (device.is_cuda()) return write_control_cuda(args);
+#endif
+  write_control_cpu(args);
+}
+
+}  // namespace
+}  // namespace maxva
+
+TORCH_LIBRARY(maxva, m) {
+  m.def(
+      "update_(Tensor(a!)[] theta, Tensor(b!)[] g, Tensor(c!)[] m, Tensor(d!)[] u, "
+      "Tensor(e!)[] v, Tensor(f!)[] w, Tensor(g!)[] vmax, Tensor(h!)[] master, "
+      "Tensor(i!)[] step, Tensor(j!)[] group_step, int[] group_sizes, float[] hyper, "
+      "Tensor?[] lr, Tensor? control, Tensor? grad_scale, Tensor(k!)? norms, str algorithm, "
+      "int phase) -> ()");
+  m.def("sum_of_squares(Tensor[] g) -> Tensor");
+  m.def(
+      "write_control_(Tensor(a!) control, Tensor? sum_of_squares, Tensor? grad_scale, "
+      "Tensor? found_inf, float max_grad_norm, bool skip_nonfinite) -> ()");
+}
+
+#define MAXVA_IMPLEMENT(m)                   \
+  m.impl("update_", &maxva::update_);        \
+  m.impl("sum_of_squares", &maxva::sum_of_squares); \
+  m.impl("write_control_", &maxva::write_control_);
+
+TORCH_LIBRARY_IMPL(maxva, CPU, m) { MAXVA_IMPLEMENT(m) }
+#if defined(MAXVA_WITH_CUDA)
+TORCH_LIBRARY_IMPL(maxva, CUDA, m) { MAXVA_IMPLEMENT(m) }
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What this extension was built with; the operators are torch.ops.maxva.";
+  m.attr("TORCH_VERSION") = TORCH_VERSION;
+  m.attr("HYPER_FIELDS") = maxva::kHyperFields;
+  m.attr("CONTROL_FIELDS") = static_cast<int>(maxva::kControlFields);
+  m.attr("WITH_CUDA") =
+#if defined(MAXVA_WITH_CUDA)
+      true;
+#else
+      false;
+#endif
+  m.def("cpu_isa", [] { return std::string(maxva::cpu_kernels().isa); },
+        "The instruction set of the CPU kernels in use; MAXVA_CPU_ISA chooses another.");
+}

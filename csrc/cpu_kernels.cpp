@@ -1,0 +1,270 @@
+// The CPU kernels: plain loops over maxva_math.h that the compiler vectorises, compiled once per
+// instruction set and chosen at run time by what the processor has.
+#include "cpu_kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "low_precision.h"
+
+namespace maxva {
+namespace {
+
+// Note [Blocks]
+// A chunk is worked through in blocks that stay in the first-level cache: storage types are
+// converted into buffers, so that the formula is compiled for float and double alone, and the
+// formula runs as two short loops. One long loop would be bound by latency: a division, a root and
+// a division in a row outrun the window in which a core reorders instructions.
+constexpr int64_t kBlock = 128;
+
+template <typename S>
+using computed_t = decltype(to_compute(S{}));
+
+template <typename T, typename S>
+MAXVA_INLINE void load_block(const S* __restrict from, T* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(to_compute(from[i]));
+}
+
+template <typename T, typename S>
+MAXVA_INLINE void store_block(const T* __restrict from, S* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) from_compute(static_cast<computed_t<S>>(from[i]), to[i]);
+}
+
+// Calls fn with a typed pointer to element `offset`.
+template <typename F>
+MAXVA_INLINE void with_type(DType dtype, void* data, int64_t offset, const F& fn) {
+  switch (dtype) {
+    case DType::kFloat32: return fn(static_cast<float*>(data) + offset);
+    case DType::kFloat64: return fn(static_cast<double*>(data) + offset);
+    case DType::kBFloat16: return fn(static_cast<BFloat16*>(data) + offset);
+    case DType::kFloat16: return fn(static_cast<Float16*>(data) + offset);
+  }
+}
+
+template <typename T>
+constexpr DType kComputeDType = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
+
+// A block of storage seen in the compute type: in place where it has that type, else a buffer.
+template <typename T>
+struct BlockBuffer {
+  alignas(64) T values[kBlock];
+
+  MAXVA_INLINE T* load(DType dtype, void* data, int64_t offset, int64_t n) {
+    if (dtype == kComputeDType<T>) return static_cast<T*>(data) + offset;
+    with_type(dtype, data, offset, [&](auto* from) { load_block(from, values, n); });
+    return values;
+  }
+
+  MAXVA_INLINE static void store(const T* block, DType dtype, void* data, int64_t offset,
+                                 int64_t n) {
+    with_type(dtype, data, offset, [&](auto* to) { store_block(block, to, n); });
+  }
+};
+
+template <typename T>
+MAXVA_INLINE void divide_block(const T* __restrict from, T divisor, T* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i] / divisor;
+}
+
+template <typename Ops, typename T>
+MAXVA_INLINE void gradient_block(const T* __restrict g_raw, const T* __restrict theta,
+                                 T* __restrict g, int64_t n, const Scalars<T>& s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) g[i] = observed_gradient<Ops>(g_raw[i], theta[i], s);
+}
+
+template <typename Ops, typename T>
+MAXVA_INLINE void observe_block(const T* __restrict g_raw, const T* __restrict theta,
+                                T* __restrict g, T* __restrict u, T* __restrict v, T* __restrict w,
+                                int64_t n, const Scalars<T>& s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T gi = observed_gradient<Ops>(g_raw[i], theta[i], s);
+    T ui = u[i], vi = v[i], wi = w[i];
+    observe<Ops>(gi, ui, vi, wi, s);
+    g[i] = gi, u[i] = ui, v[i] = vi, w[i] = wi;
+  }
+}
+
+template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
+MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __restrict m,
+                              const T* __restrict v, const T* __restrict w, T* __restrict vmax,
+                              int64_t n, const Scalars<T>& s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
+    track_maximum<kAmsgrad>(v[i], w[i], maximum);
+    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
+    accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
+    const T step = direction<kAlgorithm, Ops>(g[i], mi, normalize, s);
+    theta[i] = moved_parameter<Ops>(theta[i], step, s);
+    m[i] = mi;
+    if constexpr (kAmsgrad) vmax[i] = maximum;
+  }
+}
+
+template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
+MAXVA_INLINE void states_block(const T* __restrict g, const T* __restrict theta, T* __restrict m,
+                               const T* __restrict v, const T* __restrict w, T* __restrict vmax,
+                               int64_t n, const Scalars<T>& s, SumsOfSquares& sums) {
+  double theta_sum = 0, update_sum = 0;
+#pragma omp simd reduction(+ : theta_sum, update_sum)
+  for (int64_t i = 0; i < n; ++i) {
+    T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
+    track_maximum<kAmsgrad>(v[i], w[i], maximum);
+    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
+    accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
+    const double update =
+        layer_update<Ops>(theta[i], direction<kAlgorithm, Ops>(g[i], mi, normalize, s), s);
+    theta_sum += double(theta[i]) * double(theta[i]);
+    update_sum += update * update;
+    m[i] = mi;
+    if constexpr (kAmsgrad) vmax[i] = maximum;
+  }
+  sums.theta += theta_sum;
+  sums.update += update_sum;
+}
+
+template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
+MAXVA_INLINE void parameters_block(const T* __restrict g, T* __restrict theta,
+                                   const T* __restrict m, const T* __restrict v,
+                                   const T* __restrict w, const T* __restrict vmax, int64_t n,
+                                   const Scalars<T>& s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T maximum = kAmsgrad ? vmax[i] : T(0);
+    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
+    const T step = direction<kAlgorithm, Ops>(g[i], m[i], normalize, s);
+    theta[i] = moved_parameter<Ops>(theta[i], step, s);
+  }
+}
+
+template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
+MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>& scalars,
+                                        Phase phase) {
+  const Scalars<T> s = scalars;  // a copy that no store through a pointer can change
+  SumsOfSquares sums{0, 0};
+  BlockBuffer<T> theta_buffer, g_buffer, observed;
+  auto* const m = static_cast<T*>(chunk.m);
+  auto* const u = static_cast<T*>(chunk.u);
+  auto* const v = static_cast<T*>(chunk.v);
+  auto* const w = static_cast<T*>(chunk.w);
+  auto* const vmax = static_cast<T*>(chunk.vmax);
+  for (int64_t b = 0; b < chunk.n; b += kBlock) {
+    const int64_t n = chunk.n - b < kBlock ? chunk.n - b : kBlock;
+    T* const theta = chunk.master ? static_cast<T*>(chunk.master) + b
+                                  : theta_buffer.load(chunk.theta_dtype, chunk.theta, b, n);
+    const T* g_raw = g_buffer.load(chunk.g_dtype, chunk.g, b, n);
+    if (chunk.grad_scale) {
+      divide_block(g_raw, static_cast<T>(*chunk.grad_scale), observed.values, n);
+      // kStates leaves the scaled gradient for kParameters, which writes it back
+      if (phase != Phase::kStates) {
+        BlockBuffer<T>::store(observed.values, chunk.g_dtype, chunk.g, b, n);
+      }
+      load_block(observed.values, g_buffer.values, n);
+      g_raw = g_buffer.values;
+    }
+    T* const g = observed.values;
+    T* const vmax_b = kAmsgrad ? vmax + b : nullptr;
+    if (phase == Phase::kParameters) {
+      gradient_block<Ops>(g_raw, theta, g, n, s);
+      parameters_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
+    } else {
+      observe_block<Ops>(g_raw, theta, g, u + b, v + b, w + b, n, s);
+      if (phase == Phase::kStates) {
+        states_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s, sums);
+        continue;
+      }
+      whole_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
+    }
+    if (chunk.master || theta == theta_buffer.values) {
+      BlockBuffer<T>::store(theta, chunk.theta_dtype, chunk.theta, b, n);
+    }
+  }
+  return sums;
+}
+
+template <typename S>
+MAXVA_INLINE double sum_of_squares_of(const S* __restrict g, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = to_compute(g[i]);
+    sum += x * x;
+  }
+  return sum;
+}
+
+MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) {
+  double sum = 0;
+  with_type(dtype, const_cast<void*>(g), 0, [&](auto* x) { sum = sum_of_squares_of(x, n); });
+  return sum;
+}
+
+// Entry points of one instruction set: thin functions with a target, everything else inlined.
+#define MAXVA_ISA(name, target, Ops)                                                            \
+  template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                    \
+  target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) { \
+    return update_chunk<kAlgorithm, kAmsgrad, Ops>(chunk, s, phase);                            \
+  }                                                                                             \
+  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                  \
+    return sum_of_squares_chunk(g, dtype, n);                                                   \
+  }                                                                                             \
+  const CpuKernels kernels_##name = {                                                           \
+      #name,                                                                                    \
+      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},       \
+       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},  \
+      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},       \
+       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},  \
+      sum_of_squares_##name};
+
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__) || defined(__FMA__)
+MAXVA_ISA(baseline, , FusedMultiplyAdd)
+#else
+MAXVA_ISA(baseline, , SeparateMultiplyAdd)
+#endif
+
+#if defined(__x86_64__)
+#define MAXVA_X86 1
+// 512-bit vectors have to be asked for: the default tuning stops at 256
+#if defined(__clang__)
+#define MAXVA_AVX512 "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"
+#else
+#define MAXVA_AVX512 "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512"
+#endif
+MAXVA_ISA(avx2, __attribute__((target("avx2,fma"))), FusedMultiplyAdd)
+MAXVA_ISA(avx512, __attribute__((target(MAXVA_AVX512))), FusedMultiplyAdd)
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+#endif
+
+}  // namespace
+
+const CpuKernels& cpu_kernels_for(const char* isa) {
+  const std::string name = isa;
+#if defined(MAXVA_X86)
+  if ((name.empty() || name == "avx512") && has_avx512()) return kernels_avx512;
+  if ((name.empty() || name == "avx2") && has_avx2()) return kernels_avx2;
+#endif
+  if (name.empty() || name == "baseline") return kernels_baseline;
+  throw std::runtime_error(std::string(kIsaVariable) + "=" + name +
+                           ": this processor or build has no such kernels; use baseline, avx2 or "
+                           "avx512, or unset it");
+}
+
+const CpuKernels& cpu_kernels() {
+  const char* isa = std::getenv(kIsaVariable);
+  return cpu_kernels_for(isa ? isa : "");
+}
+
+}  // namespace maxva

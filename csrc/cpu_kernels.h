@@ -1,0 +1,53 @@
+// The CPU backend's kernels, one table of entry points per instruction set. Needs no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "maxva_math.h"
+
+namespace maxva {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// kWhole does everything in one pass. The trust ratio needs the norm of the whole tensor's update
+// first: kStates moves the states and sums squares, kParameters then moves the parameters.
+enum class Phase { kWhole, kStates, kParameters };
+
+// One chunk of one tensor; pointers are at its first element. m, u, v, w (and vmax) are of the
+// compute type: double for float64 parameters, else float.
+struct ChunkView {
+  void* theta;
+  DType theta_dtype;
+  void* master;  // float32 copy that is moved instead of theta and rounded into it, or null
+  void* g;
+  DType g_dtype;
+  const double* grad_scale;  // divides g, and g is written back; or null
+  void *m, *u, *v, *w, *vmax;
+  int64_t n;
+};
+
+struct SumsOfSquares {
+  double theta, update;
+};
+
+template <typename T>
+using UpdateChunk = SumsOfSquares (*)(const ChunkView&, const Scalars<T>&, Phase);
+
+struct CpuKernels {
+  const char* isa;
+  // [algorithm][amsgrad]
+  UpdateChunk<float> update_float[2][2];
+  UpdateChunk<double> update_double[2][2];
+  double (*sum_of_squares)(const void* g, DType dtype, int64_t n);
+};
+
+inline constexpr const char* kIsaVariable = "MAXVA_CPU_ISA";
+
+// The kernels for this machine: the widest instruction set it has, or the one that MAXVA_CPU_ISA
+// names ("baseline", "avx2", "avx512"). Throws std::runtime_error for a name that it lacks.
+const CpuKernels& cpu_kernels();
+
+// As above for a given name; "" for the widest.
+const CpuKernels& cpu_kernels_for(const char* isa);
+
+}  // namespace maxva

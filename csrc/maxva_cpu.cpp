@@ -1,0 +1,134 @@
+// The CPU backend: torch's threads over chunks, each handed to the kernel of this machine's ISA.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "backend.h"
+#include "control.h"
+#include "multi_tensor.h"
+
+namespace maxva {
+namespace {
+
+// 32768 float32 elements of six streams are 786 KB: inside a core's second-level cache.
+constexpr int64_t kChunkSize = 32768;
+
+std::vector<int64_t> numels_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<int64_t> numels;
+  numels.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) numels.push_back(tensor.numel());
+  return numels;
+}
+
+template <typename F>
+void parallel_for_each_chunk(const ChunkPlan& plan, const F& fn) {
+  at::parallel_for(0, plan.num_elements(), kChunkSize,
+                   [&](int64_t begin, int64_t end) { plan.for_each_chunk(begin, end, fn); });
+}
+
+double scalar_of(const at::Tensor& tensor) { return tensor.item<double>(); }
+
+void* at_element(const at::Tensor& tensor, int64_t offset) {
+  return static_cast<char*>(tensor.mutable_data_ptr()) + offset * tensor.element_size();
+}
+
+// Scalars of one parameter in the compute type it uses; the other member stays unset.
+struct TensorScalars {
+  Scalars<float> f;
+  Scalars<double> d;
+};
+
+}  // namespace
+
+void update_cpu(const UpdateArgs& args) {
+  const TensorLists& lists = args.lists;
+  const double* control = args.control ? args.control->const_data_ptr<double>() : nullptr;
+  if (control && control[kSkip] != 0) return;
+  const double clip_factor = control ? control[kClipFactor] : 1.0;
+  const double grad_scale = args.grad_scale ? scalar_of(*args.grad_scale) : 1.0;
+  double* norms = args.norms ? args.norms->mutable_data_ptr<double>() : nullptr;
+  const size_t num_tensors = lists.theta.size();
+
+  std::vector<double> lr(args.hyper.size());
+  for (size_t k = 0; k < lr.size(); ++k) {
+    lr[k] = args.lr[k] ? scalar_of(*args.lr[k]) : args.hyper[k].lr;
+  }
+  std::vector<TensorScalars> scalars(num_tensors);
+  for (size_t i = 0; i < num_tensors; ++i) {
+    const Hyper& hyper = args.hyper[args.group_of[i]];
+    const double t = *lists.step[i].const_data_ptr<float>() + 1.0;
+    const double trust = args.phase == Phase::kParameters
+                             ? trust_ratio(hyper, norms[2 * i], norms[2 * i + 1])
+                             : 1.0;
+    const double eta = lr[args.group_of[i]];
+    if (dtype_of(lists.theta[i]) == DType::kFloat64) {
+      scalars[i].d = make_scalars<double>(hyper, eta, t, clip_factor, trust);
+    } else {
+      scalars[i].f = make_scalars<float>(hyper, eta, t, clip_factor, trust);
+    }
+  }
+
+  const CpuKernels& kernels = cpu_kernels();
+  const ChunkPlan plan(numels_of(lists.theta), kChunkSize);
+  std::vector<SumsOfSquares> sums(args.phase == Phase::kStates ? plan.num_chunks() : 0);
+  const bool amsgrad = !lists.vmax.empty();
+  const auto algorithm = static_cast<size_t>(args.algorithm);
+  parallel_for_each_chunk(plan, [&](const Chunk& c) {
+    const size_t i = c.tensor;
+    const ChunkView view{
+        .theta = at_element(lists.theta[i], c.begin),
+        .theta_dtype = dtype_of(lists.theta[i]),
+        .master = lists.master.empty() ? nullptr : at_element(lists.master[i], c.begin),
+        .g = at_element(lists.g[i], c.begin),
+        .g_dtype = dtype_of(lists.g[i]),
+        .grad_scale = args.grad_scale ? &grad_scale : nullptr,
+        .m = at_element(lists.m[i], c.begin),
+        .u = at_element(lists.u[i], c.begin),
+        .v = at_element(lists.v[i], c.begin),
+        .w = at_element(lists.w[i], c.begin),
+        .vmax = amsgrad ? at_element(lists.vmax[i], c.begin) : nullptr,
+        .n = c.end - c.begin,
+    };
+    const SumsOfSquares chunk_sums =
+        view.theta_dtype == DType::kFloat64
+            ? kernels.update_double[algorithm][amsgrad](view, scalars[i].d, args.phase)
+            : kernels.update_float[algorithm][amsgrad](view, scalars[i].f, args.phase);
+    if (!sums.empty()) sums[c.index] = chunk_sums;
+  });
+
+  if (args.phase == Phase::kStates) {
+    for (size_t i = 0; i < num_tensors; ++i) {
+      norms[2 * i] = norms[2 * i + 1] = 0;
+      for (int64_t k = plan.first_chunk(i); k < plan.first_chunk(i + 1); ++k) {
+        norms[2 * i] += sums[k].theta;
+        norms[2 * i + 1] += sums[k].update;
+      }
+    }
+    return;  // the step is counted once, after the parameters have moved
+  }
+  for (const at::Tensor& step : lists.step) *step.mutable_data_ptr<float>() += 1;
+}
+
+at::Tensor sum_of_squares_cpu(const std::vector<at::Tensor>& g) {
+  const CpuKernels& kernels = cpu_kernels();
+  const ChunkPlan plan(numels_of(g), kChunkSize);
+  std::vector<double> partial(plan.num_chunks());
+  parallel_for_each_chunk(plan, [&](const Chunk& c) {
+    partial[c.index] = kernels.sum_of_squares(at_element(g[c.tensor], c.begin),
+                                              dtype_of(g[c.tensor]), c.end - c.begin);
+  });
+  double sum = 0;
+  for (double x : partial) sum += x;
+  at::Tensor result = at::empty({1}, at::kDouble);
+  *result.mutable_data_ptr<double>() = sum;
+  return result;
+}
+
+void write_control_cpu(const ControlArgs& args) {
+  const double sum = args.sum_of_squares ? scalar_of(*args.sum_of_squares) : 0.0;
+  const double scale = args.grad_scale ? scalar_of(*args.grad_scale) : 1.0;
+  make_control(std::sqrt(sum) / scale, args.max_grad_norm, args.skip_nonfinite,
+               args.found_inf && scalar_of(*args.found_inf) != 0,
+               args.control.mutable_data_ptr<double>());
+}
+
+}  // namespace maxva

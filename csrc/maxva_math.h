@@ -1,0 +1,136 @@
+// The MaxVA update of one coordinate: the only C++ statement of the formula, shared by the CPU and
+// CUDA kernels and mirrored line by line in triton_kernels/maxva_math.py. Needs neither torch nor
+// CUDA. Symbols are the paper's, tilde dropped; equation numbers are those of Zhu et al.
+#pragma once
+
+#include <cmath>
+
+#include "step_scalars.h"
+
+namespace maxva {
+
+enum class Algorithm { kMAdam, kLaMAdam };
+
+// a * b + c with one rounding: the same bits from every compiler, ISA and device that has the
+// instruction (contraction is switched off in the build, so the source alone decides).
+struct FusedMultiplyAdd {
+  template <typename T>
+  MAXVA_INLINE static T fma(T a, T b, T c) {
+#if defined(__CUDA_ARCH__)
+    return ::fma(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+  }
+};
+
+// For CPUs without the instruction, where std::fma is a slow library call.
+struct SeparateMultiplyAdd {
+  template <typename T>
+  MAXVA_INLINE static T fma(T a, T b, T c) {
+    return a * b + c;
+  }
+};
+
+template <typename T>
+MAXVA_INLINE T square_root(T x) {
+#if defined(__CUDA_ARCH__)
+  return ::sqrt(x);
+#else
+  return std::sqrt(x);
+#endif
+}
+
+// The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay.
+template <typename Ops, typename T>
+MAXVA_INLINE T observed_gradient(T g, T theta, const Scalars<T>& s) {
+  return Ops::fma(s.l2, theta, s.g_factor * g);
+}
+
+// Chooses beta_t by Eq. 6, clips it, and moves u, v, w by Eq. 2-4. Works with c = 1 - beta_t.
+//
+// Note [Multiplied through by w]
+// With mean = u/w and var = v/w - mean^2, Eq. 6 is multiplied by (w * range)^2, which leaves one
+// division: range * w * (g - mean) = g * ws - u * range, (range * w)^2 * var = v * ws * range -
+// (u * range)^2. `range` is a power of two near c_init^-1/2 (w never falls below c_init), so that
+// the products stay in the floating-point range that v itself has.
+template <typename Ops, typename T>
+MAXVA_INLINE void observe(T g, T& u, T& v, T& w, const Scalars<T>& s) {
+  const T us = u * s.range;
+  const T ws = w * s.range;
+  const T deviation = Ops::fma(g, ws, -us);
+  const T d = deviation * deviation;
+  const T excess = Ops::fma(v, ws * s.range, -(us * us));
+  const T var = excess > T(0) ? excess : T(0);
+  const T numerator = Ops::fma(w, d - var, s.delta * ws * ws);
+  T c = numerator / (numerator + (d + var));
+  c = c < s.c_max ? c : s.c_max;  // 0/0 compares false and becomes beta_low
+  c = c > s.c_min ? c : s.c_min;
+  c = w == T(0) ? s.c_init : c;  // the first observation of this coordinate, whatever the step
+  u = Ops::fma(c, g - u, u);
+  v = Ops::fma(c, Ops::fma(g, g, -v), v);
+  w = Ops::fma(c, T(1) - w, w);
+}
+
+// x / (sqrt(vhat + eps_inside) + eps) as numerator_scale * x / denominator, one division per use.
+template <typename T>
+struct Normalizer {
+  T numerator_scale, denominator;
+
+  MAXVA_INLINE T operator()(T x) const {
+    // denominator 0: v is 0, so is x, and 0/0 is an update of 0 (eps = 0)
+    return denominator == T(0) ? T(0) : x * numerator_scale / denominator;
+  }
+};
+
+// See Note [Multiplied through by w]: sqrt(v/w) + eps = (sqrt(v * ws * range) + eps * ws) / ws.
+template <bool kAmsgrad, typename Ops, typename T>
+MAXVA_INLINE Normalizer<T> normalizer(T v, T w, T vmax, const Scalars<T>& s) {
+  if constexpr (kAmsgrad) {
+    return {T(1), square_root(vmax + s.eps_inside) + s.eps};
+  } else {
+    const T ws = w * s.range;
+    const T root = square_root(Ops::fma(s.eps_inside, w, v) * (ws * s.range));
+    return {ws, Ops::fma(s.eps, ws, root)};
+  }
+}
+
+// amsgrad: the maximum of the bias-corrected second moment v/w.
+template <bool kAmsgrad, typename T>
+MAXVA_INLINE void track_maximum(T v, T w, T& vmax) {
+  if constexpr (kAmsgrad) {
+    const T vhat = v / w;
+    vmax = vmax > vhat ? vmax : vhat;
+  }
+}
+
+// Moves the momentum m: of the gradient in MAdam (Alg. 1), of the normalised one in LaMAdam (Alg. 2).
+template <Algorithm kAlgorithm, typename Ops, typename T>
+MAXVA_INLINE void accumulate_momentum(T g, T& m, const Normalizer<T>& normalize,
+                                      const Scalars<T>& s) {
+  const T x = kAlgorithm == Algorithm::kMAdam ? g : normalize(g);
+  m = Ops::fma(s.one_minus_alpha, x - m, m);
+}
+
+// The update direction before bias correction, from states that have been moved.
+template <Algorithm kAlgorithm, typename Ops, typename T>
+MAXVA_INLINE T direction(T g, T m, const Normalizer<T>& normalize, const Scalars<T>& s) {
+  const T x = kAlgorithm == Algorithm::kMAdam ? g : normalize(g);
+  const T looked_ahead = Ops::fma(s.nesterov_x, x, s.nesterov_m * m);
+  return kAlgorithm == Algorithm::kMAdam ? normalize(looked_ahead) : looked_ahead;
+}
+
+// The update whose norm the trust ratio compares with that of theta.
+template <typename Ops, typename T>
+MAXVA_INLINE T layer_update(T theta, T direction, const Scalars<T>& s) {
+  return Ops::fma(s.decoupled, theta, s.bias_correction * direction);
+}
+
+template <typename Ops, typename T>
+MAXVA_INLINE T moved_parameter(T theta, T direction, const Scalars<T>& s) {
+  const T decayed = Ops::fma(-s.decay, theta, theta);
+  const T moved = Ops::fma(-s.step_size, direction, decayed);
+  return s.frozen ? theta : moved;  // lr = 0 keeps the bits, whatever the update is
+}
+
+}  // namespace maxva

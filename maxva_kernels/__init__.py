@@ -1,0 +1,9 @@
+"""Fused MaxVA optimizers for PyTorch: MAdam and LaMAdam (Zhu et al.) in one memory pass."""
+
+from importlib.metadata import version as _version
+
+from maxva_kernels.backends import backends
+from maxva_kernels.optimizers import FusedLaMAdam, FusedMAdam, LaMAdam, MAdam
+
+__version__ = _version("maxva-kernels")
+__all__ = ["FusedLaMAdam", "FusedMAdam", "LaMAdam", "MAdam", "backends", "__version__"]

@@ -1,0 +1,77 @@
+"""What one step hands to a backend: lists of tensors that are updated together."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Phase(enum.IntEnum):
+    """`enum class Phase` of csrc/cpu_kernels.h: the trust ratio alone needs two phases."""
+
+    WHOLE = 0
+    STATES = 1
+    PARAMETERS = 2
+
+
+#: Fields of the control block, float64 on the gradients' device.
+SKIP, CLIP_FACTOR, GRAD_NORM, CONTROL_FIELDS = range(4)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Parameters on one device that a backend updates in one call.
+
+    Element i of every list belongs to parameter i; `vmax` and `master` are either as long or
+    empty. Consecutive parameters belong to one group: `group_sizes` says how many, `hyper` holds
+    lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None.
+    `group_step` holds the int32 counters on the device that this call counts up.
+    """
+
+    device: torch.device
+    theta: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)
+    m: list[Tensor] = field(default_factory=list)
+    u: list[Tensor] = field(default_factory=list)
+    v: list[Tensor] = field(default_factory=list)
+    w: list[Tensor] = field(default_factory=list)
+    vmax: list[Tensor] = field(default_factory=list)
+    master: list[Tensor] = field(default_factory=list)
+    step: list[Tensor] = field(default_factory=list)
+    group_step: list[Tensor] = field(default_factory=list)
+    group_sizes: list[int] = field(default_factory=list)
+    hyper: list[float] = field(default_factory=list)
+    lr: list[Tensor | None] = field(default_factory=list)
+
+
+class Backend(Protocol):
+    """What a backend computes. Nothing here may wait for the device."""
+
+    def update(
+        self,
+        batch: Batch,
+        algorithm: str,
+        phase: Phase,
+        control: Tensor | None,
+        grad_scale: Tensor | None,
+        norms: Tensor | None,
+    ) -> None:
+        """One step of `batch`, as csrc/backend.h describes UpdateArgs."""
+
+    def sum_of_squares(self, g: list[Tensor]) -> Tensor:
+        """The sum of squares of all elements of tensors on one device: float64 [1] there."""
+
+    def write_control(
+        self,
+        control: Tensor,
+        sum_of_squares: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_grad_norm: float,
+        skip_nonfinite: bool,
+    ) -> None:
+        """Fills the control block; `sum_of_squares` is of the gradients as they are (scaled)."""

@@ -1,0 +1,96 @@
+"""Hyper-parameters of one group: the defaults, their ranges, and the row that the kernels read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+#: Options whose turn has not come, with the only value accepted so far.
+NOT_YET: dict[str, Any] = {
+    "collect_stats": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "state_dtype": "float32",
+    "fp32_state_below": 4096,
+}
+
+#: Options that concern the whole optimizer: groups must agree on them.
+SHARED = ("max_grad_norm", "skip_nonfinite")
+
+#: Fields of a row after lr, in the order of `struct Hyper` in csrc/step_scalars.h.
+ROW = (
+    "alpha",
+    "beta_low",
+    "beta_high",
+    "beta_init",
+    "eps",
+    "weight_decay",
+    "delta",
+    "bias_correction",
+    "adam_w_mode",
+    "nesterov",
+    "maximize",
+    "eps_inside_sqrt",
+    "trust_ratio",
+)
+
+
+def default_beta_init(beta_high: float) -> float:
+    """The weight of the first observation is 1 - this: beta_high, and 0.9 where that is 1."""
+    return beta_high if beta_high < 1 else 0.9
+
+
+def _require(holds: bool, name: str, value: Any, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {what}, is {value!r}")
+
+
+def check_lr(lr: Any) -> None:
+    """Raises ValueError unless lr is a finite number >= 0 or a one-element tensor."""
+    if isinstance(lr, torch.Tensor):
+        _require(lr.numel() == 1, "lr", lr, "a number or a one-element tensor")
+    else:
+        _require(0 <= lr < math.inf, "lr", lr, "finite and >= 0")
+
+
+def hyper_row(group: dict[str, Any]) -> tuple[float, ...]:
+    """Checks a group's hyper-parameters other than lr and packs them in the order of ROW.
+
+    Raises:
+        ValueError: a value is NaN or outside its range; the message names it.
+        NotImplementedError: an option whose turn has not come.
+    """
+    for name, only in NOT_YET.items():
+        if group[name] != only:
+            raise NotImplementedError(f"{name}={group[name]!r} is not supported yet; use {only!r}")
+    try:
+        alpha, beta_high = (float(beta) for beta in group["betas"])
+    except (TypeError, ValueError):
+        _require(False, "betas", group["betas"], "two numbers (alpha, beta_high)")
+    beta_low = group["beta_min"]
+    beta_init = group["beta_init"]
+    _require(0 <= alpha < 1, "betas[0]", alpha, "in [0, 1)")
+    _require(0 < beta_high <= 1, "betas[1]", beta_high, "in (0, 1]")
+    _require(0 < beta_low <= beta_high, "beta_min", beta_low, f"in (0, betas[1] = {beta_high}]")
+    if beta_init is None:
+        beta_init = default_beta_init(beta_high)
+    _require(0 <= beta_init < 1, "beta_init", beta_init, "None or in [0, 1)")
+    for name in ("eps", "weight_decay", "delta"):
+        _require(0 <= group[name] < math.inf, name, group[name], "finite and >= 0")
+    max_grad_norm = group["max_grad_norm"]
+    _require(
+        max_grad_norm is None or 0 < max_grad_norm < math.inf,
+        "max_grad_norm",
+        max_grad_norm,
+        "None or finite and > 0",
+    )
+    values = {
+        **group,
+        "alpha": alpha,
+        "beta_low": beta_low,
+        "beta_high": beta_high,
+        "beta_init": beta_init,
+    }
+    return tuple(float(values[name]) for name in ROW)

@@ -1,0 +1,525 @@
+"""The optimizers: what a step is made of, in the order of docs/algorithm.md section 2.
+
+    step() -> _collect (check, create states) -> _write_control (one read of the gradients, if
+    clipping or skipping needs it) -> Backend.update (one memory pass) -> counters
+
+No mathematics of the update rule here: that is reference.py, csrc/maxva_math.h and its twin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from maxva_kernels.backends import check_name, find_backend
+from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase
+from maxva_kernels.hyper import SHARED, check_lr, hyper_row
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of every class here; FusedMAdam describes them."""
+
+    bias_correction: bool
+    adam_w_mode: bool
+    amsgrad: bool
+    nesterov: bool
+    trust_ratio: bool
+    maximize: bool
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    master_weights: bool
+    capturable: bool
+    delta: float
+    beta_init: float | None
+    eps_inside_sqrt: bool
+    set_grad_none: bool
+    collect_stats: bool
+    stochastic_rounding: bool
+    rounding_seed: int
+    state_dtype: str
+    fp32_state_below: int
+    norm_process_group: Any
+
+
+class FusedOptions(Options, total=False):
+    """Keyword options of the fused classes."""
+
+    backend: str
+
+
+class _MaxVA(Optimizer):
+    """The step protocol that MAdam and LaMAdam share; subclasses name the algorithm."""
+
+    _algorithm: ClassVar[str]
+    # a class attribute: instance attributes do not survive deepcopy and pickle
+    _step_supports_amp_scaling = True
+    _backend = "auto"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta_min: float = 0.5,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        adam_w_mode: bool = True,
+        amsgrad: bool = False,
+        nesterov: bool = False,
+        trust_ratio: bool = False,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        capturable: bool = False,
+        delta: float = 1e-16,
+        beta_init: float | None = None,
+        eps_inside_sqrt: bool = False,
+        set_grad_none: bool = True,
+        collect_stats: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        state_dtype: str = "float32",
+        fp32_state_below: int = 4096,
+        norm_process_group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        if norm_process_group is not None:
+            raise NotImplementedError("norm_process_group is not supported yet; use None")
+        check_name(backend)
+        self._backend = backend
+        # a group key added in a later release would break flattened distributed checkpoints
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "beta_min": beta_min,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "adam_w_mode": adam_w_mode,
+            "amsgrad": amsgrad,
+            "nesterov": nesterov,
+            "trust_ratio": trust_ratio,
+            "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "master_weights": master_weights,
+            "capturable": capturable,
+            "delta": delta,
+            "beta_init": beta_init,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "set_grad_none": set_grad_none,
+            "collect_stats": collect_stats,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
+            "state_dtype": state_dtype,
+            "fp32_state_below": fp32_state_below,
+            "differentiable": False,
+            "step": 0,
+        }
+        check_lr(lr)
+        hyper_row(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range, or differs from the other groups' where
+                it concerns the whole optimizer (max_grad_norm, skip_nonfinite).
+            TypeError: a parameter is complex or not a float32, float64, bfloat16 or float16.
+        """
+        given = set(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if "lr" not in given and isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()  # the default must not be shared between groups
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if group["capturable"] and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=device)
+        self._place_group_step(group, device)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        hyper_row(group)
+        for name in SHARED:
+            if group[name] != self.param_groups[0][name]:
+                raise ValueError(
+                    f"{name} concerns the whole optimizer, but group 0 has "
+                    f"{self.param_groups[0][name]!r} and the new group {group[name]!r}"
+                )
+        for index, p in enumerate(group["params"]):
+            if p.dtype not in _DTYPES:
+                kind = "complex parameters are" if p.is_complex() else f"{p.dtype} is"
+                raise TypeError(
+                    f"{_describe(group, index, p)}: {kind} not supported; use float32, float64, "
+                    f"bfloat16 or float16"
+                )
+
+    @staticmethod
+    def _place_group_step(group: dict[str, Any], device: torch.device) -> None:
+        """An int for CPU groups, an int32 tensor of shape [1] on the device for others."""
+        step = group["step"]
+        if device.type == "cpu":
+            if isinstance(step, Tensor):
+                group["step"] = int(step)
+        elif not isinstance(step, Tensor) or step.device != device or step.numel() != 1:
+            group["step"] = torch.tensor([int(step)], dtype=torch.int32, device=device)
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Resets all gradients: to None, or to zeros if `set_to_none` (or set_grad_none) is False."""
+        if set_to_none is None:
+            set_to_none = self.defaults.get("set_grad_none", True)
+        super().zero_grad(set_to_none=set_to_none)
+
+    def setup_fp32_params(self) -> None:
+        """Makes the float32 master weights now instead of at the first step.
+
+        Call it when the parameters have their starting values (after DDP has broadcast them).
+        Does nothing for groups without master_weights=True and for float32 or float64 parameters.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["master_weights"] and p.dtype in _LOW_PRECISION:
+                    self.state[p].setdefault("master_param", _new_master(p))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; see docs/algorithm.md section 2.
+
+        Nothing is read back to the host. Under `torch.amp.GradScaler` the gradients are unscaled
+        and the step is skipped on overflow inside the same pass.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse. ValueError or TypeError: a tensor or a
+                hyper-parameter does not fit. Nothing has been changed then.
+        """
+        _check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        created: list[Tensor] = []
+        try:
+            batches = self._collect(created)
+            if batches and len(created) == len(self.state) and self._observes_nothing(batches):
+                return
+            controls = self._write_controls(batches)
+            self._update(batches, controls)
+        except Exception:
+            for p in created:
+                del self.state[p]
+            raise
+        self._count_on_host(controls)
+
+    def _collect(self, created: list[Tensor]) -> list[Batch]:
+        """Checks gradients, creates missing states and sorts all tensors into batches."""
+        batches: dict[tuple[Any, ...], Batch] = {}
+        rows = [hyper_row(group) for group in self.param_groups]
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    _check_gradient(group, index, p, p.grad)
+        state_of = self.state
+        for row, group in zip(rows, self.param_groups, strict=True):
+            with_master = group["master_weights"]
+            amsgrad = group["amsgrad"]
+            device = batch = low_precision = None
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                has_master = with_master and p.dtype in _LOW_PRECISION
+                if p.device != device or has_master != low_precision:
+                    device, low_precision = p.device, has_master
+                    key = (device, group["trust_ratio"], amsgrad, has_master)
+                    batch = batches.setdefault(key, Batch(device))
+                    self._begin_group(batch, group, row)
+                state = state_of[p]
+                if "maxva_weight" not in state:
+                    self._create_state(p, state, amsgrad, has_master)
+                    created.append(p)
+                batch.theta.append(p)
+                batch.g.append(g)
+                batch.m.append(state["exp_avg"])
+                batch.u.append(state["maxva_avg"])
+                batch.v.append(state["exp_avg_sq"])
+                batch.w.append(state["maxva_weight"])
+                batch.step.append(state["step"])
+                batch.group_sizes[-1] += 1
+                if amsgrad:
+                    batch.vmax.append(state["max_exp_avg_sq"])
+                if has_master:
+                    batch.master.append(state["master_param"])
+        return list(batches.values())
+
+    def _begin_group(self, batch: Batch, group: dict[str, Any], row: tuple[float, ...]) -> None:
+        lr = group["lr"]
+        check_lr(lr)
+        if isinstance(lr, Tensor) and lr.device != batch.device:
+            # a CPU lr beside device parameters is known on the host
+            lr = float(lr) if lr.device.type == "cpu" else lr.to(batch.device)
+        host_lr = not isinstance(lr, Tensor)
+        batch.hyper.extend((lr if host_lr else math.nan, *row))
+        batch.lr.append(None if host_lr else lr)
+        batch.group_sizes.append(0)
+        self._place_group_step(group, batch.device)
+        step = group["step"]
+        if isinstance(step, Tensor) and not any(step is other for other in batch.group_step):
+            batch.group_step.append(step)
+
+    @staticmethod
+    def _create_state(p: Tensor, state: dict[str, Any], amsgrad: bool, has_master: bool) -> None:
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for key in ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight"):
+            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if amsgrad:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if has_master:
+            state.setdefault("master_param", _new_master(p))
+
+    def _observes_nothing(self, batches: list[Batch]) -> bool:
+        """Whether this is the initialising step of torch.distributed.checkpoint.
+
+        There every lr is 0 and every gradient exactly 0; counted as an observation it would
+        shrink the first real update.
+        """
+        for group in self.param_groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0:
+                return False
+        return not any(g.any() for batch in batches for g in batch.g)
+
+    def _write_controls(self, batches: list[Batch]) -> dict[torch.device, tuple[Any, ...]]:
+        """Per device: (control block or None, grad_scale or None)."""
+        group = self.param_groups[0]
+        max_grad_norm = group["max_grad_norm"]
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        needs_norm = max_grad_norm is not None or group["skip_nonfinite"]
+        devices = list(dict.fromkeys(batch.device for batch in batches))
+        total = None
+        if needs_norm and devices:
+            sums = [self._find(d).sum_of_squares(_gradients_on(d, batches)) for d in devices]
+            total = sums[0]
+            for other in sums[1:]:
+                total = total + other.to(total.device, non_blocking=True)
+        controls: dict[torch.device, tuple[Any, ...]] = {}
+        for device in devices:
+            scale = _on(grad_scale, device)
+            control = None
+            if needs_norm or isinstance(found_inf, Tensor):
+                control = torch.empty(CONTROL_FIELDS, dtype=torch.float64, device=device)
+                self._find(device).write_control(
+                    control,
+                    _on(total, device),
+                    scale,
+                    _on(found_inf, device),
+                    math.inf if max_grad_norm is None else max_grad_norm,
+                    group["skip_nonfinite"],
+                )
+            controls[device] = control, scale
+        return controls
+
+    def _update(
+        self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]
+    ) -> None:
+        counted: set[int] = set()
+        for batch in batches:
+            # a group whose parameters are in two batches is counted once
+            batch.group_step = [s for s in batch.group_step if id(s) not in counted]
+            counted.update(id(s) for s in batch.group_step)
+        for batch in batches:
+            backend = self._find(batch.device)
+            control, grad_scale = controls[batch.device]
+            if batch.hyper[-1]:  # trust_ratio, the last field of the row
+                norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
+                for phase in (Phase.STATES, Phase.PARAMETERS):
+                    backend.update(batch, self._algorithm, phase, control, grad_scale, norms)
+            else:
+                backend.update(batch, self._algorithm, Phase.WHOLE, control, grad_scale, None)
+
+    def _count_on_host(self, controls: dict[torch.device, tuple[Any, ...]]) -> None:
+        skipped = any(
+            control is not None and device.type == "cpu" and bool(control[SKIP])
+            for device, (control, _) in controls.items()
+        )
+        for group in self.param_groups:
+            if not isinstance(group["step"], Tensor) and not skipped:
+                group["step"] += 1
+
+    def _find(self, device: torch.device) -> Backend:
+        return find_backend(self._backend, device.type)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+
+class FusedMAdam(_MaxVA):
+    """MAdam (Zhu et al., Alg. 1): Adam whose beta_2 maximises the observed variance, fused.
+
+    One memory pass per step over parameter, gradient and the four states. A call written for
+    `torch.optim.AdamW` or `apex.optimizers.FusedAdam` works with the class name changed.
+
+    Args:
+        params: parameters or parameter groups; float32, float64, bfloat16 or float16, any shape.
+            float64 ones are updated in float64, the others in float32 with float32 states.
+        lr: learning rate eta, a number or a one-element tensor.
+        betas: (alpha, beta_high): momentum in [0, 1), upper bound of beta_t in (0, 1].
+        beta_min: lower bound of beta_t, in (0, betas[1]]; equal to betas[1] it gives Adam(W).
+        eps: added to sqrt(v/w), outside the root (Sec. 2, Eq. 15).
+        weight_decay: lambda.
+        bias_correction: divide the momentum by 1 - alpha^t.
+        adam_w_mode: decoupled decay; False adds lambda theta to the gradient (L2).
+        amsgrad: use the maximum of v/w so far.
+        nesterov: look ahead with the momentum.
+        trust_ratio: scale the update per tensor by ||theta|| / ||update|| (LAMB); a second pass.
+        maximize: ascend.
+        max_grad_norm: clip the global norm of the (unscaled) gradients at this, without writing
+            scaled gradients; None for no clipping. All groups must agree.
+        skip_nonfinite: skip a step whose gradients hold an inf or NaN. All groups must agree.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters and update that.
+        capturable: keep lr on the device as a one-element tensor, for graph capture.
+        delta: added to the denominator of Eq. 6, as in the authors' code.
+        beta_init: beta of a coordinate's first observation (Eq. 7); None: betas[1], or 0.9 where
+            that is 1.
+        eps_inside_sqrt: add eps to v/w inside the root instead (as Alg. 2 is printed).
+        set_grad_none: the default of `zero_grad(set_to_none=...)`.
+        collect_stats, stochastic_rounding, rounding_seed, state_dtype, fp32_state_below,
+            norm_process_group: reserved; other values than the default raise NotImplementedError.
+        backend: "cuda", "cpu", "eager", or "auto" for the best there is for the parameters'
+            device; the MAXVA_BACKEND variable overrides "auto".
+
+    Raises:
+        ValueError: a value outside its range, or an empty parameter list.
+        TypeError: a parameter of another dtype.
+        NotImplementedError: an option whose turn has not come.
+        RuntimeError: the backend asked for is not available here.
+    """
+
+    _algorithm = "madam"
+
+
+class FusedLaMAdam(_MaxVA):
+    """LaMAdam (Zhu et al., Alg. 2): momentum of the normalised gradient, as LaProp; fused.
+
+    Arguments and errors as FusedMAdam, with another default of eps. Under a changing lr the
+    momentum follows Alg. 2: lr scales the update, it is not inside the momentum.
+    """
+
+    _algorithm = "lamadam"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta_min: float = 0.5,
+        eps: float = 1e-15,
+        weight_decay: float = 0.0,
+        **options: Unpack[FusedOptions],
+    ) -> None:
+        super().__init__(params, lr, betas, beta_min, eps, weight_decay, **options)
+
+
+class MAdam(_MaxVA):
+    """FusedMAdam in plain torch operations: the reference, on any device, for any options."""
+
+    _algorithm = "madam"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta_min: float = 0.5,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
+
+
+class LaMAdam(_MaxVA):
+    """FusedLaMAdam in plain torch operations: the reference, on any device, for any options."""
+
+    _algorithm = "lamadam"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta_min: float = 0.5,
+        eps: float = 1e-15,
+        weight_decay: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
+
+
+def _describe(group: dict[str, Any], index: int, p: Tensor) -> str:
+    names = group.get("param_names")
+    name = f"{names[index]!r}" if names else f"{index} of its group"
+    return f"parameter {name} (shape {tuple(p.shape)})"
+
+
+def _check_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) -> None:
+    if g.layout is not torch.strided:
+        raise RuntimeError(
+            f"{_describe(group, index, p)}: its gradient is {g.layout}; MaxVA does not support "
+            f"sparse gradients, make it dense (for an embedding: sparse=False)"
+        )
+    if g.shape != p.shape or g.device != p.device:
+        raise ValueError(
+            f"{_describe(group, index, p)} on {p.device}: its gradient has shape "
+            f"{tuple(g.shape)} on {g.device}"
+        )
+
+
+def _new_master(p: Tensor) -> Tensor:
+    return p.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+def _on(value: Any, device: torch.device) -> Tensor | None:
+    """A scaler's tensor on a device; Python's 0 (no gradient anywhere) and None are None."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else None
+
+
+def _gradients_on(device: torch.device, batches: list[Batch]) -> list[Tensor]:
+    found: Iterator[Batch] = (batch for batch in batches if batch.device == device)
+    return [g for batch in found for g in batch.g]
+
+
+def _check_graph_capture(optimizer: Optimizer) -> None:
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    if check is None:  # torch before 2.13
+        check = optimizer._cuda_graph_capture_health_check
+    check()

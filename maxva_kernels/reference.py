@@ -1,0 +1,196 @@
+"""MaxVA in plain torch operations: the ground truth, and the "eager" backend.
+
+Written as the equations stand, in the parameter's precision (float32 for lower ones), on any
+device. Symbols are the paper's with the tilde dropped; see docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maxva_kernels.batch import CLIP_FACTOR, GRAD_NORM, SKIP, Batch, Phase
+from maxva_kernels.hyper import ROW
+
+
+def complement_of_beta(
+    g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]
+) -> Tensor:
+    """1 - beta_t, clipped: Eq. 6 with the authors' delta, Eq. 7 where w is 0."""
+    first = w == 0
+    w = torch.where(first, 1.0, w)
+    mean = u / w
+    var = torch.clamp(v / w - mean**2, min=0)
+    d = (g - mean) ** 2
+    numerator = w * (d - var) + h["delta"]
+    denominator = numerator + d + var
+    c_min, c_max = 1 - h["beta_high"], 1 - h["beta_low"]
+    # 0/0 is beta_low; a NaN gradient stays NaN through u, v and w themselves
+    c = torch.nan_to_num(numerator / denominator, nan=c_max, posinf=c_max, neginf=c_min)
+    return torch.where(first, 1 - h["beta_init"], c.clamp(c_min, c_max))
+
+
+def observe(
+    g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v, w after observing g (Eq. 2-4)."""
+    c = complement_of_beta(g, u, v, w, h)
+    return u + c * (g - u), v + c * (g * g - v), w + c * (1 - w)
+
+
+def normalized(x: Tensor, v: Tensor, w: Tensor, vmax: Tensor | None, h: dict[str, float]) -> Tensor:
+    """x / (sqrt(vhat) + eps), 0 where the denominator is 0."""
+    vhat = v / w if vmax is None else vmax
+    if h["eps_inside_sqrt"]:
+        denominator = torch.sqrt(vhat + h["eps"])
+    else:
+        denominator = torch.sqrt(vhat) + h["eps"]
+    return torch.where(denominator == 0, 0.0, x / denominator)
+
+
+def direction(
+    algorithm: str,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    w: Tensor,
+    vmax: Tensor | None,
+    h: dict[str, float],
+) -> tuple[Tensor, Tensor]:
+    """What enters the momentum, and a function's worth of the update before bias correction.
+
+    Returns:
+        x, the input of the momentum: g in MAdam (Alg. 1), g normalised in LaMAdam (Alg. 2), and
+        the direction that the momentum `m` (already moved) gives.
+    """
+    x = g if algorithm == "madam" else normalized(g, v, w, vmax, h)
+    ahead = h["alpha"] * m + (1 - h["alpha"]) * x if h["nesterov"] else m
+    return x, (normalized(ahead, v, w, vmax, h) if algorithm == "madam" else ahead)
+
+
+class EagerBackend:
+    """`Backend` (maxva_kernels/batch.py) in plain torch operations."""
+
+    def update(
+        self,
+        batch: Batch,
+        algorithm: str,
+        phase: Phase,
+        control: Tensor | None,
+        grad_scale: Tensor | None,
+        norms: Tensor | None,
+    ) -> None:
+        keep = None
+        if control is not None:
+            keep = control[SKIP] != 0
+            if batch.device.type == "cpu" and keep:
+                return
+        index = 0
+        for group, size in enumerate(batch.group_sizes):
+            row = batch.hyper[group * (len(ROW) + 1) : (group + 1) * (len(ROW) + 1)]
+            h = dict(zip(ROW, row[1:], strict=True))
+            lr = batch.lr[group]
+            for i in range(index, index + size):
+                self._update_one(
+                    batch, i, algorithm, phase, h, row[0] if lr is None else lr.reshape(()),
+                    control, keep, grad_scale, norms,
+                )  # fmt: skip
+            index += size
+        if phase != Phase.STATES:
+            counted = 1 if keep is None else 1 - keep.float()
+            for step in (*batch.step, *batch.group_step):
+                step.add_(counted if keep is None else counted.to(step.dtype))
+
+    def _update_one(
+        self,
+        batch: Batch,
+        i: int,
+        algorithm: str,
+        phase: Phase,
+        h: dict[str, float],
+        lr: float | Tensor,
+        control: Tensor | None,
+        keep: Tensor | None,
+        grad_scale: Tensor | None,
+        norms: Tensor | None,
+    ) -> None:
+        m, u, v, w = batch.m[i], batch.u[i], batch.v[i], batch.w[i]
+        vmax = batch.vmax[i] if batch.vmax else None
+        master = batch.master[i] if batch.master else None
+        stored = batch.theta[i] if master is None else master
+        theta = stored.to(m.dtype)
+        g = batch.g[i].to(m.dtype)
+
+        def write(tensor: Tensor, value: Tensor) -> None:
+            tensor.copy_(value if keep is None else torch.where(keep, tensor, value))
+
+        if grad_scale is not None:
+            g = g / grad_scale.reshape(())
+            if phase != Phase.STATES:
+                write(batch.g[i], g.to(batch.g[i].dtype))
+        if control is not None:
+            g = g * control[CLIP_FACTOR]
+        if h["maximize"]:
+            g = -g
+        if not h["adam_w_mode"]:
+            g = g + h["weight_decay"] * theta
+
+        if phase != Phase.PARAMETERS:
+            u_new, v_new, w_new = observe(g, u, v, w, h)
+            vmax_new = None if vmax is None else torch.maximum(vmax, v_new / w_new)
+            x, _ = direction(algorithm, g, m, v_new, w_new, vmax_new, h)
+            m_new = m + (1 - h["alpha"]) * (x - m)
+        else:
+            m_new, u_new, v_new, w_new, vmax_new = m, u, v, w, vmax
+        _, update = direction(algorithm, g, m_new, v_new, w_new, vmax_new, h)
+        if h["bias_correction"]:
+            t = batch.step[i].double() + 1
+            update = update / (1 - torch.pow(h["alpha"], t))
+        decay = h["weight_decay"] if h["adam_w_mode"] else 0.0
+
+        if phase == Phase.STATES:
+            assert norms is not None
+            norms[i, 0] = theta.double().square().sum()
+            norms[i, 1] = (update + decay * theta).double().square().sum()
+        if phase != Phase.PARAMETERS:
+            for tensor, value in ((m, m_new), (u, u_new), (v, v_new), (w, w_new)):
+                write(tensor, value)
+            if vmax is not None:
+                write(vmax, vmax_new)
+        if phase != Phase.STATES:
+            if norms is not None and h["trust_ratio"] and h["weight_decay"]:
+                r = torch.where((norms[i] == 0).any(), 1.0, torch.sqrt(norms[i, 0] / norms[i, 1]))
+                lr = lr * r
+            moved = theta - lr * decay * theta - lr * update
+            # lr = 0 keeps the bits, whatever the update is
+            moved = torch.where(torch.as_tensor(lr == 0, device=theta.device), theta, moved)
+            write(stored, moved.to(stored.dtype))
+            if master is not None:
+                write(batch.theta[i], moved.to(batch.theta[i].dtype))
+
+    def sum_of_squares(self, g: list[Tensor]) -> Tensor:
+        return torch.stack([x.double().square().sum() for x in g]).sum().reshape(1)
+
+    def write_control(
+        self,
+        control: Tensor,
+        sum_of_squares: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_grad_norm: float,
+        skip_nonfinite: bool,
+    ) -> None:
+        norm = control.new_zeros(())
+        if sum_of_squares is not None:
+            norm = sum_of_squares.reshape(()).sqrt()
+        if grad_scale is not None:
+            norm = norm / grad_scale.reshape(())
+        skip = torch.zeros_like(norm, dtype=torch.bool)
+        if found_inf is not None:
+            skip = skip | (found_inf.reshape(()) != 0)
+        if skip_nonfinite:
+            skip = skip | ~(norm <= torch.finfo(torch.float32).max)
+        factor = max_grad_norm / norm
+        control[SKIP] = skip
+        control[CLIP_FACTOR] = torch.where((factor >= 1) | (norm == 0), 1.0, factor)
+        control[GRAD_NORM] = norm
