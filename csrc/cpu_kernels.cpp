@@ -19,18 +19,26 @@ namespace {
 // a division in a row outrun the window in which a core reorders instructions.
 constexpr int64_t kBlock = 128;
 
+// The lists never overlap. (omp simd would give each lane its own copy of every local, which GCC
+// then fails to take apart again.)
+#if defined(__clang__)
+#define MAXVA_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MAXVA_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
 template <typename S>
 using computed_t = decltype(to_compute(S{}));
 
 template <typename T, typename S>
 MAXVA_INLINE void load_block(const S* __restrict from, T* __restrict to, int64_t n) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(to_compute(from[i]));
 }
 
 template <typename T, typename S>
 MAXVA_INLINE void store_block(const T* __restrict from, S* __restrict to, int64_t n) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) from_compute(static_cast<computed_t<S>>(from[i]), to[i]);
 }
 
@@ -65,16 +73,27 @@ struct BlockBuffer {
   }
 };
 
+template <typename S>
+MAXVA_INLINE double sum_of_squares_of(const S* __restrict g, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = to_compute(g[i]);
+    sum += x * x;
+  }
+  return sum;
+}
+
 template <typename T>
 MAXVA_INLINE void divide_block(const T* __restrict from, T divisor, T* __restrict to, int64_t n) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) to[i] = from[i] / divisor;
 }
 
 template <typename Ops, typename T>
 MAXVA_INLINE void gradient_block(const T* __restrict g_raw, const T* __restrict theta,
                                  T* __restrict g, int64_t n, const Scalars<T>& s) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) g[i] = observed_gradient<Ops>(g_raw[i], theta[i], s);
 }
 
@@ -82,7 +101,7 @@ template <typename Ops, typename T>
 MAXVA_INLINE void observe_block(const T* __restrict g_raw, const T* __restrict theta,
                                 T* __restrict g, T* __restrict u, T* __restrict v, T* __restrict w,
                                 int64_t n, const Scalars<T>& s) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     const T gi = observed_gradient<Ops>(g_raw[i], theta[i], s);
     T ui = u[i], vi = v[i], wi = w[i];
@@ -95,7 +114,7 @@ template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
 MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __restrict m,
                               const T* __restrict v, const T* __restrict w, T* __restrict vmax,
                               int64_t n, const Scalars<T>& s) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
     track_maximum<kAmsgrad>(v[i], w[i], maximum);
@@ -108,26 +127,21 @@ MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __r
   }
 }
 
+// As whole_block, but leaves theta and returns the update whose norm is wanted.
 template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
 MAXVA_INLINE void states_block(const T* __restrict g, const T* __restrict theta, T* __restrict m,
                                const T* __restrict v, const T* __restrict w, T* __restrict vmax,
-                               int64_t n, const Scalars<T>& s, SumsOfSquares& sums) {
-  double theta_sum = 0, update_sum = 0;
-#pragma omp simd reduction(+ : theta_sum, update_sum)
+                               T* __restrict update, int64_t n, const Scalars<T>& s) {
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
     track_maximum<kAmsgrad>(v[i], w[i], maximum);
     const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
     accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
-    const double update =
-        layer_update<Ops>(theta[i], direction<kAlgorithm, Ops>(g[i], mi, normalize, s), s);
-    theta_sum += double(theta[i]) * double(theta[i]);
-    update_sum += update * update;
+    update[i] = layer_update<Ops>(theta[i], direction<kAlgorithm, Ops>(g[i], mi, normalize, s), s);
     m[i] = mi;
     if constexpr (kAmsgrad) vmax[i] = maximum;
   }
-  sums.theta += theta_sum;
-  sums.update += update_sum;
 }
 
 template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
@@ -135,7 +149,7 @@ MAXVA_INLINE void parameters_block(const T* __restrict g, T* __restrict theta,
                                    const T* __restrict m, const T* __restrict v,
                                    const T* __restrict w, const T* __restrict vmax, int64_t n,
                                    const Scalars<T>& s) {
-#pragma omp simd
+  MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     const T maximum = kAmsgrad ? vmax[i] : T(0);
     const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
@@ -177,7 +191,11 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     } else {
       observe_block<Ops>(g_raw, theta, g, u + b, v + b, w + b, n, s);
       if (phase == Phase::kStates) {
-        states_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s, sums);
+        T* const update = g_buffer.values;
+        states_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, update, n,
+                                                s);
+        sums.theta += sum_of_squares_of(theta, n);
+        sums.update += sum_of_squares_of(update, n);
         continue;
       }
       whole_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
@@ -187,17 +205,6 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     }
   }
   return sums;
-}
-
-template <typename S>
-MAXVA_INLINE double sum_of_squares_of(const S* __restrict g, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = to_compute(g[i]);
-    sum += x * x;
-  }
-  return sum;
 }
 
 MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) {

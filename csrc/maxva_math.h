@@ -78,8 +78,9 @@ struct Normalizer {
   T numerator_scale, denominator;
 
   MAXVA_INLINE T operator()(T x) const {
-    // denominator 0: v is 0, so is x, and 0/0 is an update of 0 (eps = 0)
-    return denominator == T(0) ? T(0) : x * numerator_scale / denominator;
+    // divided first, chosen after: a division under a condition would not vectorise
+    const T ratio = x * numerator_scale / denominator;
+    return denominator == T(0) ? T(0) : ratio;  // eps = 0: v is 0, so is x, and so is the update
   }
 };
 
@@ -130,7 +131,7 @@ template <typename Ops, typename T>
 MAXVA_INLINE T moved_parameter(T theta, T direction, const Scalars<T>& s) {
   const T decayed = Ops::fma(-s.decay, theta, theta);
   const T moved = Ops::fma(-s.step_size, direction, decayed);
-  return s.frozen ? theta : moved;  // lr = 0 keeps the bits, whatever the update is
+  return s.eta == T(0) ? theta : moved;  // lr = 0 keeps the bits, whatever the update is
 }
 
 }  // namespace maxva

@@ -38,7 +38,7 @@ struct Scalars {
   T eps, eps_inside;               // eps outside or inside the root, the other is 0
   T bias_correction;               // 1 / (1 - alpha^t)
   T step_size, decay;              // eta r / (1 - alpha^t), eta r lambda
-  bool frozen;                     // eta == 0
+  T eta;                           // lr
 };
 
 // t: the number of updates including this one; trust: r of LAMB, 1 without.
@@ -67,7 +67,7 @@ MAXVA_INLINE Scalars<T> make_scalars(const Hyper& h, double lr, double t, double
   s.bias_correction = T(bias);
   s.step_size = T(lr * trust * bias);
   s.decay = T(lr * trust * lambda_decoupled);
-  s.frozen = lr == 0.0;
+  s.eta = T(lr);
   return s;
 }
 
