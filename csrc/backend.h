@@ -39,10 +39,10 @@ at::Tensor sum_of_squares_cpu(const std::vector<at::Tensor>& g);
 at::Tensor sum_of_squares_cuda(const std::vector<at::Tensor>& g);
 
 struct ControlArgs {
-  at::Tensor control;                          // float64 [kControlFields], written
-  std::optional<at::Tensor> sum_of_squares;    // float64 [1], of the gradients as they are
+  at::Tensor control;                               // float64 [kControlFields], written
+  std::optional<at::Tensor> sum_of_squares;         // float64 [1], of the gradients as they are
   std::optional<at::Tensor> grad_scale, found_inf;  // one element each
-  double max_grad_norm;                        // infinity: no clipping
+  double max_grad_norm;                             // infinity: no clipping
   bool skip_nonfinite;
 };
 

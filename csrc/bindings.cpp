@@ -28,10 +28,10 @@ using at::TensorList;
 
 void check_dtype(const Tensor& tensor, const char* list, size_t i) {
   const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-                       dtype == at::kHalf,
-                   "maxva: ", list, "[", i, "] is ", dtype,
-                   "; float32, float64, bfloat16 and float16 are supported");
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "maxva: ", list, "[", i, "] is ", dtype,
+      "; float32, float64, bfloat16 and float16 are supported");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "maxva: ", list, "[", i, "] is ",
                    tensor.layout(), "; only dense (strided) tensors are supported");
 }
@@ -120,7 +120,7 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   struct List {
     const char* name;
     TensorList tensors;
-    std::vector<Tensor> TensorLists::*member;
+    std::vector<Tensor> TensorLists::* member;
     bool optional;
   };
   const List states[] = {
@@ -143,10 +143,9 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
                       "maxva: ", n, " parameters, but ", list.tensors.size(), " of ", list.name);
   }
   const size_t groups = group_sizes.size();
-  TORCH_CHECK_VALUE(hyper.size() == groups * kHyperFields && lr.size() == groups,
-                    "maxva: ", groups, " groups need ", groups * kHyperFields,
-                    " hyper-parameters and ", groups, " learning rates, got ", hyper.size(),
-                    " and ", lr.size());
+  TORCH_CHECK_VALUE(hyper.size() == groups * kHyperFields && lr.size() == groups, "maxva: ", groups,
+                    " groups need ", groups * kHyperFields, " hyper-parameters and ", groups,
+                    " learning rates, got ", hyper.size(), " and ", lr.size());
   TORCH_CHECK_VALUE(group_step.empty() || group_step.size() == groups, "maxva: ", groups,
                     " groups, but ", group_step.size(), " group steps");
   for (const auto k : c10::irange(groups)) {
@@ -159,15 +158,15 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   TORCH_CHECK_VALUE(args.group_of.size() == n, "maxva: group_sizes add up to ",
                     args.group_of.size(), ", there are ", n, " parameters");
   check_one_element(grad_scale, "grad_scale", {}, device);
-  TORCH_CHECK_VALUE(!control || (control->numel() == kControlFields && control->is_contiguous() &&
-                                 control->scalar_type() == at::kDouble &&
-                                 control->device() == device),
-                    "maxva: control must be float64 [", int(kControlFields), "] on ", device);
-  TORCH_CHECK_VALUE(args.phase == Phase::kWhole ||
-                        (norms && norms->sizes() == at::IntArrayRef({int64_t(n), 2}) &&
-                         norms->scalar_type() == at::kDouble && norms->is_contiguous() &&
-                         norms->device() == device),
-                    "maxva: norms must be float64 [", n, ", 2] on ", device);
+  TORCH_CHECK_VALUE(
+      !control || (control->numel() == kControlFields && control->is_contiguous() &&
+                   control->scalar_type() == at::kDouble && control->device() == device),
+      "maxva: control must be float64 [", int(kControlFields), "] on ", device);
+  TORCH_CHECK_VALUE(
+      args.phase == Phase::kWhole || (norms && norms->sizes() == at::IntArrayRef({int64_t(n), 2}) &&
+                                      norms->scalar_type() == at::kDouble &&
+                                      norms->is_contiguous() && norms->device() == device),
+      "maxva: norms must be float64 [", n, ", 2] on ", device);
 
   LayoutFitter fitter;
   for (const auto i : c10::irange(n)) {
@@ -270,14 +269,14 @@ TORCH_LIBRARY(maxva, m) {
       "Tensor? found_inf, float max_grad_norm, bool skip_nonfinite) -> ()");
 }
 
-#define MAXVA_IMPLEMENT(m)                   \
-  m.impl("update_", &maxva::update_);        \
+#define MAXVA_IMPLEMENT(m)                          \
+  m.impl("update_", &maxva::update_);               \
   m.impl("sum_of_squares", &maxva::sum_of_squares); \
   m.impl("write_control_", &maxva::write_control_);
 
-TORCH_LIBRARY_IMPL(maxva, CPU, m) { MAXVA_IMPLEMENT(m) }
+TORCH_LIBRARY_IMPL(maxva, CPU, m){MAXVA_IMPLEMENT(m)}
 #if defined(MAXVA_WITH_CUDA)
-TORCH_LIBRARY_IMPL(maxva, CUDA, m) { MAXVA_IMPLEMENT(m) }
+TORCH_LIBRARY_IMPL(maxva, CUDA, m){MAXVA_IMPLEMENT(m)}
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -291,6 +290,7 @@ PYBIND11_MODULE(_C, m) {
 #else
       false;
 #endif
-  m.def("cpu_isa", [] { return std::string(maxva::cpu_kernels().isa); },
-        "The instruction set of the CPU kernels in use; MAXVA_CPU_ISA chooses another.");
+  m.def(
+      "cpu_isa", [] { return std::string(maxva::cpu_kernels().isa); },
+      "The instruction set of the CPU kernels in use; MAXVA_CPU_ISA chooses another.");
 }

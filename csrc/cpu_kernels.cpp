@@ -214,20 +214,20 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
 }
 
 // Entry points of one instruction set: thin functions with a target, everything else inlined.
-#define MAXVA_ISA(name, target, Ops)                                                            \
-  template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                    \
+#define MAXVA_ISA(name, target, Ops)                                                             \
+  template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                     \
   target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) { \
-    return update_chunk<kAlgorithm, kAmsgrad, Ops>(chunk, s, phase);                            \
-  }                                                                                             \
-  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                  \
-    return sum_of_squares_chunk(g, dtype, n);                                                   \
-  }                                                                                             \
-  const CpuKernels kernels_##name = {                                                           \
-      #name,                                                                                    \
-      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},       \
-       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},  \
-      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},       \
-       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},  \
+    return update_chunk<kAlgorithm, kAmsgrad, Ops>(chunk, s, phase);                             \
+  }                                                                                              \
+  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                   \
+    return sum_of_squares_chunk(g, dtype, n);                                                    \
+  }                                                                                              \
+  const CpuKernels kernels_##name = {                                                            \
+      #name,                                                                                     \
+      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},        \
+       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},   \
+      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},        \
+       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},   \
       sum_of_squares_##name};
 
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__) || defined(__FMA__)

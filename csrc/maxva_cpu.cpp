@@ -56,9 +56,8 @@ void update_cpu(const UpdateArgs& args) {
   for (size_t i = 0; i < num_tensors; ++i) {
     const Hyper& hyper = args.hyper[args.group_of[i]];
     const double t = *lists.step[i].const_data_ptr<float>() + 1.0;
-    const double trust = args.phase == Phase::kParameters
-                             ? trust_ratio(hyper, norms[2 * i], norms[2 * i + 1])
-                             : 1.0;
+    const double trust =
+        args.phase == Phase::kParameters ? trust_ratio(hyper, norms[2 * i], norms[2 * i + 1]) : 1.0;
     const double eta = lr[args.group_of[i]];
     if (dtype_of(lists.theta[i]) == DType::kFloat64) {
       scalars[i].d = make_scalars<double>(hyper, eta, t, clip_factor, trust);

@@ -105,7 +105,8 @@ MAXVA_INLINE void track_maximum(T v, T w, T& vmax) {
   }
 }
 
-// Moves the momentum m: of the gradient in MAdam (Alg. 1), of the normalised one in LaMAdam (Alg. 2).
+// Moves the momentum m: of the gradient in MAdam (Alg. 1), of the normalised one in LaMAdam (Alg.
+// 2).
 template <Algorithm kAlgorithm, typename Ops, typename T>
 MAXVA_INLINE void accumulate_momentum(T g, T& m, const Normalizer<T>& normalize,
                                       const Scalars<T>& s) {

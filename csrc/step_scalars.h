@@ -29,24 +29,23 @@ enum ControlField { kSkip, kClipFactor, kGradNorm, kControlFields };
 
 template <typename T>
 struct Scalars {
-  T g_factor;                      // clip factor, negative to maximize
-  T l2, decoupled;                 // lambda of the decay in use, the other is 0
-  T one_minus_alpha;               //
-  T nesterov_m, nesterov_x;        // (alpha, 1 - alpha), without nesterov (1, 0)
-  T c_init, c_min, c_max;          // 1 - beta_init, 1 - beta_high, 1 - beta_low
-  T delta, range;                  // range: see Note [Multiplied through by w]
-  T eps, eps_inside;               // eps outside or inside the root, the other is 0
-  T bias_correction;               // 1 / (1 - alpha^t)
-  T step_size, decay;              // eta r / (1 - alpha^t), eta r lambda
-  T eta;                           // lr
+  T g_factor;                // clip factor, negative to maximize
+  T l2, decoupled;           // lambda of the decay in use, the other is 0
+  T one_minus_alpha;         //
+  T nesterov_m, nesterov_x;  // (alpha, 1 - alpha), without nesterov (1, 0)
+  T c_init, c_min, c_max;    // 1 - beta_init, 1 - beta_high, 1 - beta_low
+  T delta, range;            // range: see Note [Multiplied through by w]
+  T eps, eps_inside;         // eps outside or inside the root, the other is 0
+  T bias_correction;         // 1 / (1 - alpha^t)
+  T step_size, decay;        // eta r / (1 - alpha^t), eta r lambda
+  T eta;                     // lr
 };
 
 // t: the number of updates including this one; trust: r of LAMB, 1 without.
 template <typename T>
 MAXVA_INLINE Scalars<T> make_scalars(const Hyper& h, double lr, double t, double clip_factor,
                                      double trust) {
-  const double bias =
-      h.bias_correction != 0 && h.alpha != 0 ? 1.0 / (1.0 - pow(h.alpha, t)) : 1.0;
+  const double bias = h.bias_correction != 0 && h.alpha != 0 ? 1.0 / (1.0 - pow(h.alpha, t)) : 1.0;
   const double c_init = 1.0 - h.beta_init;
   const double lambda_decoupled = h.adam_w_mode != 0 ? h.weight_decay : 0.0;
   const bool nesterov = h.nesterov != 0;

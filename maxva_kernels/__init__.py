@@ -6,4 +6,4 @@ from maxva_kernels.backends import backends
 from maxva_kernels.optimizers import FusedLaMAdam, FusedMAdam, LaMAdam, MAdam
 
 __version__ = _version("maxva-kernels")
-__all__ = ["FusedLaMAdam", "FusedMAdam", "LaMAdam", "MAdam", "backends", "__version__"]
+__all__ = ["FusedLaMAdam", "FusedMAdam", "LaMAdam", "MAdam", "__version__", "backends"]

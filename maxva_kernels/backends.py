@@ -37,7 +37,8 @@ class ExtensionBackend:
         )  # fmt: skip
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
-        return torch.ops.maxva.sum_of_squares(g)
+        total: Tensor = torch.ops.maxva.sum_of_squares(g)
+        return total
 
     def write_control(
         self,
@@ -104,7 +105,7 @@ def check_name(name: str) -> None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _made(name: str) -> Backend:
     return BACKENDS[name].make()
 

@@ -29,10 +29,12 @@ class Batch:
     Element i of every list belongs to parameter i; `vmax` and `master` are either as long or
     empty. Consecutive parameters belong to one group: `group_sizes` says how many, `hyper` holds
     lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None.
-    `group_step` holds the int32 counters on the device that this call counts up.
+    `group_step` holds the int32 counters on the device that this call counts up. `trust_ratio` is
+    the same for all groups of a batch: it takes two phases.
     """
 
     device: torch.device
+    trust_ratio: bool = False
     theta: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)
     m: list[Tensor] = field(default_factory=list)

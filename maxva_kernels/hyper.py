@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -60,17 +61,39 @@ def hyper_row(group: dict[str, Any]) -> tuple[float, ...]:
 
     Raises:
         ValueError: a value is NaN or outside its range; the message names it.
+        TypeError: a tensor where only lr may be one.
         NotImplementedError: an option whose turn has not come.
     """
+    return _checked_row(*(group[name] for name in _CHECKED[1:]), betas=tuple(group["betas"]))
+
+
+#: What a row is made of and checked with; betas first.
+_CHECKED = (
+    "betas",
+    "beta_min",
+    "beta_init",
+    "eps",
+    "weight_decay",
+    "delta",
+    "max_grad_norm",
+    *ROW[ROW.index("bias_correction") :],
+    *NOT_YET,
+)
+
+
+@functools.lru_cache(maxsize=4096)  # keyed by the values themselves, so never stale
+def _checked_row(*values: Any, betas: tuple[Any, ...]) -> tuple[float, ...]:
+    group = dict(zip(_CHECKED, (betas, *values), strict=True))
+    for name, value in (*group.items(), *(("betas", beta) for beta in betas)):
+        if isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a Python number; of the hyper-parameters only lr may "
+                            f"be a tensor")  # fmt: skip
     for name, only in NOT_YET.items():
         if group[name] != only:
             raise NotImplementedError(f"{name}={group[name]!r} is not supported yet; use {only!r}")
-    try:
-        alpha, beta_high = (float(beta) for beta in group["betas"])
-    except (TypeError, ValueError):
-        _require(False, "betas", group["betas"], "two numbers (alpha, beta_high)")
-    beta_low = group["beta_min"]
-    beta_init = group["beta_init"]
+    _require(len(betas) == 2, "betas", betas, "two numbers (alpha, beta_high)")
+    alpha, beta_high = betas
+    beta_low, beta_init = group["beta_min"], group["beta_init"]
     _require(0 <= alpha < 1, "betas[0]", alpha, "in [0, 1)")
     _require(0 < beta_high <= 1, "betas[1]", beta_high, "in (0, 1]")
     _require(0 < beta_low <= beta_high, "beta_min", beta_low, f"in (0, betas[1] = {beta_high}]")
@@ -86,11 +109,10 @@ def hyper_row(group: dict[str, Any]) -> tuple[float, ...]:
         max_grad_norm,
         "None or finite and > 0",
     )
-    values = {
-        **group,
+    group |= {
         "alpha": alpha,
         "beta_low": beta_low,
         "beta_high": beta_high,
         "beta_init": beta_init,
     }
-    return tuple(float(values[name]) for name in ROW)
+    return tuple(float(group[name]) for name in ROW)

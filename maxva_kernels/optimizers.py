@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class _MaxVA(Optimizer):
             group["step"] = torch.tensor([int(step)], dtype=torch.int32, device=device)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Resets all gradients: to None, or to zeros if `set_to_none` (or set_grad_none) is False."""
+        """Resets all gradients: to None, or to zeros if `set_to_none` (or set_grad_none) is off."""
         if set_to_none is None:
             set_to_none = self.defaults.get("set_grad_none", True)
         super().zero_grad(set_to_none=set_to_none)
@@ -225,46 +225,68 @@ class _MaxVA(Optimizer):
         return loss
 
     def _step(self) -> None:
-        created: list[Tensor] = []
+        rows = self._check()
+        created: list[tuple[Tensor, dict[str, Any]]] = []
         try:
-            batches = self._collect(created)
-            if batches and len(created) == len(self.state) and self._observes_nothing(batches):
+            batches = self._collect(rows, created)
+            if created and self._observes_nothing(batches, created):
                 return
             controls = self._write_controls(batches)
             self._update(batches, controls)
         except Exception:
-            for p in created:
-                del self.state[p]
+            for p, new in created:
+                for key in new:
+                    del self.state[p][key]
+                if not self.state[p]:
+                    del self.state[p]
             raise
         self._count_on_host(controls)
 
-    def _collect(self, created: list[Tensor]) -> list[Batch]:
-        """Checks gradients, creates missing states and sorts all tensors into batches."""
-        batches: dict[tuple[Any, ...], Batch] = {}
-        rows = [hyper_row(group) for group in self.param_groups]
+    def _check(self) -> list[tuple[float, ...]]:
+        """Checks groups and gradients, changes nothing; returns the groups' rows."""
+        rows = []
+        first = self.param_groups[0]
         for group in self.param_groups:
+            check_lr(group["lr"])
+            rows.append(hyper_row(group))
+            for name in SHARED:
+                if group[name] != first[name]:
+                    raise ValueError(
+                        f"{name} concerns the whole optimizer, but groups have {first[name]!r} "
+                        f"and {group[name]!r}"
+                    )
             for index, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    _check_gradient(group, index, p, p.grad)
-        state_of = self.state
+                g = p.grad
+                if g is not None and (
+                    g.layout is not torch.strided or g.shape != p.shape or g.device != p.device
+                ):
+                    _refuse_gradient(group, index, p, g)
+        return rows
+
+    def _collect(
+        self, rows: list[tuple[float, ...]], created: list[tuple[Tensor, dict[str, Any]]]
+    ) -> list[Batch]:
+        """Sorts all tensors into batches; creates missing states and lists them in `created`."""
+        batches: dict[tuple[Any, ...], Batch] = {}
         for row, group in zip(rows, self.param_groups, strict=True):
-            with_master = group["master_weights"]
-            amsgrad = group["amsgrad"]
-            device = batch = low_precision = None
+            amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
+            batch, kind = Batch(torch.device("meta")), None
             for p in group["params"]:
                 g = p.grad
                 if g is None:
                     continue
-                has_master = with_master and p.dtype in _LOW_PRECISION
-                if p.device != device or has_master != low_precision:
-                    device, low_precision = p.device, has_master
-                    key = (device, group["trust_ratio"], amsgrad, has_master)
-                    batch = batches.setdefault(key, Batch(device))
+                has_master = group["master_weights"] and p.dtype in _LOW_PRECISION
+                if kind != (p.device, has_master):
+                    kind = p.device, has_master
+                    batch = batches.setdefault(
+                        (*kind, amsgrad, trust_ratio), Batch(p.device, trust_ratio)
+                    )
                     self._begin_group(batch, group, row)
-                state = state_of[p]
+                state = self.state[p]
                 if "maxva_weight" not in state:
-                    self._create_state(p, state, amsgrad, has_master)
-                    created.append(p)
+                    new = _new_state(p, state, amsgrad, has_master)
+                    created.append((p, new))
+                    state.update(new)
                 batch.theta.append(p)
                 batch.g.append(g)
                 batch.m.append(state["exp_avg"])
@@ -281,7 +303,6 @@ class _MaxVA(Optimizer):
 
     def _begin_group(self, batch: Batch, group: dict[str, Any], row: tuple[float, ...]) -> None:
         lr = group["lr"]
-        check_lr(lr)
         if isinstance(lr, Tensor) and lr.device != batch.device:
             # a CPU lr beside device parameters is known on the host
             lr = float(lr) if lr.device.type == "cpu" else lr.to(batch.device)
@@ -294,27 +315,20 @@ class _MaxVA(Optimizer):
         if isinstance(step, Tensor) and not any(step is other for other in batch.group_step):
             batch.group_step.append(step)
 
-    @staticmethod
-    def _create_state(p: Tensor, state: dict[str, Any], amsgrad: bool, has_master: bool) -> None:
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for key in ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight"):
-            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if amsgrad:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        if has_master:
-            state.setdefault("master_param", _new_master(p))
-
-    def _observes_nothing(self, batches: list[Batch]) -> bool:
+    def _observes_nothing(
+        self, batches: list[Batch], created: list[tuple[Tensor, dict[str, Any]]]
+    ) -> bool:
         """Whether this is the initialising step of torch.distributed.checkpoint.
 
-        There every lr is 0 and every gradient exactly 0; counted as an observation it would
-        shrink the first real update.
+        There no state exists, every lr is 0 and every gradient exactly 0; counted as an
+        observation it would shrink the first real update.
         """
         for group in self.param_groups:
             lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu" or lr != 0:
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return False
+        if len(created) < sum("maxva_weight" in state for state in self.state.values()):
+            return False
         return not any(g.any() for batch in batches for g in batch.g)
 
     def _write_controls(self, batches: list[Batch]) -> dict[torch.device, tuple[Any, ...]]:
@@ -348,9 +362,7 @@ class _MaxVA(Optimizer):
             controls[device] = control, scale
         return controls
 
-    def _update(
-        self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]
-    ) -> None:
+    def _update(self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]) -> None:
         counted: set[int] = set()
         for batch in batches:
             # a group whose parameters are in two batches is counted once
@@ -359,7 +371,7 @@ class _MaxVA(Optimizer):
         for batch in batches:
             backend = self._find(batch.device)
             control, grad_scale = controls[batch.device]
-            if batch.hyper[-1]:  # trust_ratio, the last field of the row
+            if batch.trust_ratio:
                 norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
                 for phase in (Phase.STATES, Phase.PARAMETERS):
                     backend.update(batch, self._algorithm, phase, control, grad_scale, norms)
@@ -491,17 +503,31 @@ def _describe(group: dict[str, Any], index: int, p: Tensor) -> str:
     return f"parameter {name} (shape {tuple(p.shape)})"
 
 
-def _check_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) -> None:
+def _refuse_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) -> NoReturn:
     if g.layout is not torch.strided:
         raise RuntimeError(
             f"{_describe(group, index, p)}: its gradient is {g.layout}; MaxVA does not support "
             f"sparse gradients, make it dense (for an embedding: sparse=False)"
         )
-    if g.shape != p.shape or g.device != p.device:
-        raise ValueError(
-            f"{_describe(group, index, p)} on {p.device}: its gradient has shape "
-            f"{tuple(g.shape)} on {g.device}"
-        )
+    raise ValueError(
+        f"{_describe(group, index, p)} on {p.device}: its gradient has shape {tuple(g.shape)} "
+        f"on {g.device}"
+    )
+
+
+def _new_state(
+    p: Tensor, state: dict[str, Any], amsgrad: bool, has_master: bool
+) -> dict[str, Tensor]:
+    """What `state` lacks for the first step of p: zeros in p's layout, float32 or float64."""
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    keys = ["exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight"]
+    keys += ["max_exp_avg_sq"] if amsgrad else []
+    new = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+    for key in keys:
+        new[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if has_master and "master_param" not in state:
+        new["master_param"] = _new_master(p)
+    return new
 
 
 def _new_master(p: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ from maxva_kernels.batch import CLIP_FACTOR, GRAD_NORM, SKIP, Batch, Phase
 from maxva_kernels.hyper import ROW
 
 
-def complement_of_beta(
-    g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]
-) -> Tensor:
+def complement_of_beta(g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]) -> Tensor:
     """1 - beta_t, clipped: Eq. 6 with the authors' delta, Eq. 7 where w is 0."""
     first = w == 0
     w = torch.where(first, 1.0, w)
@@ -33,13 +31,13 @@ def complement_of_beta(
 def observe(
     g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v, w after observing g (Eq. 2-4)."""
+    """Returns u, v, w after observing g (Eq. 2-4)."""
     c = complement_of_beta(g, u, v, w, h)
     return u + c * (g - u), v + c * (g * g - v), w + c * (1 - w)
 
 
 def normalized(x: Tensor, v: Tensor, w: Tensor, vmax: Tensor | None, h: dict[str, float]) -> Tensor:
-    """x / (sqrt(vhat) + eps), 0 where the denominator is 0."""
+    """Divides x by sqrt(vhat) + eps; 0 where that is 0."""
     vhat = v / w if vmax is None else vmax
     if h["eps_inside_sqrt"]:
         denominator = torch.sqrt(vhat + h["eps"])
@@ -57,7 +55,7 @@ def direction(
     vmax: Tensor | None,
     h: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
-    """What enters the momentum, and a function's worth of the update before bias correction.
+    """What enters the momentum, and the update before bias correction.
 
     Returns:
         x, the input of the momentum: g in MAdam (Alg. 1), g normalised in LaMAdam (Alg. 2), and
@@ -97,9 +95,8 @@ class EagerBackend:
                 )  # fmt: skip
             index += size
         if phase != Phase.STATES:
-            counted = 1 if keep is None else 1 - keep.float()
             for step in (*batch.step, *batch.group_step):
-                step.add_(counted if keep is None else counted.to(step.dtype))
+                step.add_(1 if keep is None else (~keep).to(step.dtype))
 
     def _update_one(
         self,
@@ -155,7 +152,7 @@ class EagerBackend:
         if phase != Phase.PARAMETERS:
             for tensor, value in ((m, m_new), (u, u_new), (v, v_new), (w, w_new)):
                 write(tensor, value)
-            if vmax is not None:
+            if vmax is not None and vmax_new is not None:
                 write(vmax, vmax_new)
         if phase != Phase.STATES:
             if norms is not None and h["trust_ratio"] and h["weight_decay"]:

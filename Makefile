@@ -1,0 +1,71 @@
+# Everything a newcomer needs: `make test`, `make pretrain`. Each target makes what it lacks.
+#
+#   PYTHON=python3.12   the interpreter that the environment is made with
+#   VENV=.venv          where it lies; VENV=none uses PYTHON's own packages and downloads nothing
+#   TORCH='"torch==2.13.0" --index-url URL'   which torch to install, and from where
+#   ARGS="..."          passed on to the program behind the target
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= "torch>=2.11,<2.14"
+ARGS ?=
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+STAMPS := build/stamps
+else
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+endif
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+BUILD_TOOLS := "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.13,<4"
+
+.PHONY: help test pretrain bench lint clean
+
+help:
+	@sed -n 's/^# \?//p' Makefile | sed -n '1,6p'
+	@echo "Targets: test, pretrain, bench, lint, clean"
+
+$(STAMPS)/dependencies: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python >= 3.10 is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+ifneq ($(VENV),none)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) $(BUILD_TOOLS)
+endif
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/extension: $(STAMPS)/dependencies setup.py $(wildcard csrc/*)
+ifeq ($(VENV),none)
+	$(PIP) --no-index --no-deps --no-build-isolation --editable .
+else
+	$(PIP) --no-build-isolation --editable ".[test,bench,bert]"
+endif
+	@touch $@
+
+test: $(STAMPS)/extension
+	$(PY) -m pytest $(ARGS)
+
+pretrain: $(STAMPS)/extension
+	$(PY) examples/bert_pretraining/pretrain.py $(ARGS)
+
+bench: $(STAMPS)/extension
+	$(PY) -m pytest bench --results bench/results/latest \
+	  --benchmark-json=bench/results/benchmark.json $(ARGS)
+
+$(STAMPS)/lint-tools: $(STAMPS)/extension
+ifneq ($(VENV),none)
+	$(PIP) --no-build-isolation --editable ".[dev]"
+endif
+	@touch $@
+
+lint: $(STAMPS)/lint-tools
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+
+clean:
+	rm -rf build dist *.egg-info maxva_kernels/*.so maxva_kernels/_build_info.py
+	$(if $(filter none,$(VENV)),,rm -rf $(VENV))

@@ -1,0 +1,54 @@
+"""Gathers the benchmark's rows, prints them as a table, writes JSON, Markdown and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measure import environment
+from report import plot, table
+
+_ROWS: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results",
+        metavar="STEM",
+        help="write STEM.json, STEM.md and STEM.png beside printing the table",
+    )
+
+
+@pytest.fixture
+def results() -> list[dict[str, Any]]:
+    """Where a benchmark leaves its rows."""
+    return _ROWS
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not _ROWS:
+        return
+    about = environment("cuda" if torch.cuda.is_available() else "cpu")
+    text = table(_ROWS, about)
+    terminalreporter.write_line(text)
+    stem = config.getoption("--results")
+    if stem:
+        path = Path(stem)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(
+            json.dumps({"environment": about, "rows": _ROWS}, indent=1) + "\n"
+        )
+        path.with_suffix(".md").write_text(text + "\n")
+        plot(_ROWS, about, path.with_suffix(".png"))
+        terminalreporter.write_line(f"wrote {path}.json, .md and .png")
