@@ -18,7 +18,7 @@ def bert(layers: int, hidden: int, vocabulary: int = 30522, positions: int = 512
             shapes += linear(hidden, hidden)
         shapes += norm + linear(4 * hidden, hidden) + linear(hidden, 4 * hidden) + norm
     shapes += linear(hidden, hidden)  # pooler
-    shapes += [((vocabulary,), False)] + linear(hidden, hidden) + norm + linear(2, hidden)
+    shapes += [((vocabulary,), False), *linear(hidden, hidden), *norm, *linear(2, hidden)]
     return shapes
 
 
