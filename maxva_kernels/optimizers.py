@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase
 from maxva_kernels.hyper import SHARED, check_lr, hyper_row
+from maxva_kernels.state import Shield, describe, new_master, new_state, placed, shielded
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
@@ -150,10 +151,40 @@ class _MaxVA(Optimizer):
             raise
         if "lr" not in given and isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # the default must not be shared between groups
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
-        if group["capturable"] and not isinstance(group["lr"], Tensor):
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=device)
-        self._place_group_step(group, device)
+        self._place_group_tensors(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` returned, as `torch.optim.Optimizer.load_state_dict`.
+
+        States keep their precision (float32 beside bfloat16 parameters) and follow their parameter
+        to its device. Group keys that an older dict lacks take their defaults; keys added by others
+        are kept; parameters without state are legal. A NaN in a loaded state gives a warning.
+
+        Raises:
+            ValueError: groups of other sizes, or a parameter's state with keys missing or of
+                another shape, as another optimizer's or another model's. Nothing has changed then.
+        """
+        # torch rounds every state to its parameter's dtype; what is no tensor passes through. As
+        # the last pre-hook, the shield sees what the user's own hooks have made of the dict.
+        handle = self.register_load_state_dict_pre_hook(shielded)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Completes what was loaded or unpickled: shielded tensors, group keys, devices."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+            self._place_group_tensors(group)
+        for p, values in self.state.items():
+            for key, value in values.items():
+                if isinstance(value, Shield):
+                    values[key] = placed(p, key, value.tensor)
+                elif key == "step" and not isinstance(value, Tensor):
+                    values[key] = torch.tensor(float(value), dtype=torch.float32, device=p.device)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
@@ -168,9 +199,19 @@ class _MaxVA(Optimizer):
             if p.dtype not in _DTYPES:
                 kind = "complex parameters are" if p.is_complex() else f"{p.dtype} is"
                 raise TypeError(
-                    f"{_describe(group, index, p)}: {kind} not supported; use float32, float64, "
+                    f"{describe(group, index, p)}: {kind} not supported; use float32, float64, "
                     f"bfloat16 or float16"
                 )
+
+    def _place_group_tensors(self, group: dict[str, Any]) -> None:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if group["capturable"]:  # float64, so that the value is the one a Python number gives
+            group["lr"] = torch.as_tensor(
+                group["lr"],
+                dtype=None if isinstance(group["lr"], Tensor) else torch.float64,
+                device=device,
+            )
+        self._place_group_step(group, device)
 
     @staticmethod
     def _place_group_step(group: dict[str, Any], device: torch.device) -> None:
@@ -197,7 +238,7 @@ class _MaxVA(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if group["master_weights"] and p.dtype in _LOW_PRECISION:
-                    self.state[p].setdefault("master_param", _new_master(p))
+                    self.state[p].setdefault("master_param", new_master(p))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; see docs/algorithm.md section 2.
@@ -283,8 +324,12 @@ class _MaxVA(Optimizer):
                     )
                     self._begin_group(batch, group, row)
                 state = self.state[p]
-                if "maxva_weight" not in state:
-                    new = _new_state(p, state, amsgrad, has_master)
+                if (
+                    "maxva_weight" not in state
+                    or (has_master and "master_param" not in state)
+                    or (amsgrad and "max_exp_avg_sq" not in state)
+                ):
+                    new = new_state(p, state, amsgrad, has_master)
                     created.append((p, new))
                     state.update(new)
                 batch.theta.append(p)
@@ -327,7 +372,8 @@ class _MaxVA(Optimizer):
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return False
-        if len(created) < sum("maxva_weight" in state for state in self.state.values()):
+        fresh = sum("maxva_weight" in new for _, new in created)
+        if fresh < sum("maxva_weight" in state for state in self.state.values()):
             return False
         return not any(g.any() for batch in batches for g in batch.g)
 
@@ -497,41 +543,16 @@ class LaMAdam(_MaxVA):
         super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
 
 
-def _describe(group: dict[str, Any], index: int, p: Tensor) -> str:
-    names = group.get("param_names")
-    name = f"{names[index]!r}" if names else f"{index} of its group"
-    return f"parameter {name} (shape {tuple(p.shape)})"
-
-
 def _refuse_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) -> NoReturn:
     if g.layout is not torch.strided:
         raise RuntimeError(
-            f"{_describe(group, index, p)}: its gradient is {g.layout}; MaxVA does not support "
+            f"{describe(group, index, p)}: its gradient is {g.layout}; MaxVA does not support "
             f"sparse gradients, make it dense (for an embedding: sparse=False)"
         )
     raise ValueError(
-        f"{_describe(group, index, p)} on {p.device}: its gradient has shape {tuple(g.shape)} "
+        f"{describe(group, index, p)} on {p.device}: its gradient has shape {tuple(g.shape)} "
         f"on {g.device}"
     )
-
-
-def _new_state(
-    p: Tensor, state: dict[str, Any], amsgrad: bool, has_master: bool
-) -> dict[str, Tensor]:
-    """What `state` lacks for the first step of p: zeros in p's layout, float32 or float64."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    keys = ["exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight"]
-    keys += ["max_exp_avg_sq"] if amsgrad else []
-    new = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-    for key in keys:
-        new[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    if has_master and "master_param" not in state:
-        new["master_param"] = _new_master(p)
-    return new
-
-
-def _new_master(p: Tensor) -> Tensor:
-    return p.detach().to(torch.float32, memory_format=torch.preserve_format)
 
 
 def _on(value: Any, device: torch.device) -> Tensor | None:

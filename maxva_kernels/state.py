@@ -1,0 +1,103 @@
+"""A parameter's state: made for the first step, checked and placed when it is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+#: Keys of a parameter's state that every step needs, beside its counter.
+MOMENTS = ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight")
+
+
+def describe(group: dict[str, Any], index: int, p: Tensor) -> str:
+    """Names a parameter in an error message."""
+    names = group.get("param_names")
+    name = f"{names[index]!r}" if names else f"{index} of its group"
+    return f"parameter {name} (shape {tuple(p.shape)})"
+
+
+def new_state(
+    p: Tensor, state: dict[str, Any], amsgrad: bool, has_master: bool
+) -> dict[str, Tensor]:
+    """What `state` lacks for a step of p: zeros in p's layout, float32 or float64."""
+    keys = [*MOMENTS, *(["max_exp_avg_sq"] if amsgrad else [])]
+    new = {
+        key: torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
+        for key in keys
+        if key not in state
+    }
+    if "step" not in state:
+        new["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+    if has_master and "master_param" not in state:
+        new["master_param"] = new_master(p)
+    return new
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The precision of p's states and of its update."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+class Shield:
+    """A state tensor that passes through torch's loading as it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def shielded(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Pre-hook of load_state_dict: checks every parameter's state and shields its tensors."""
+    saved, groups = state_dict["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+        return state_dict  # torch refuses it in its own words
+    state = {}
+    named = {
+        key: (describe(group, index, p), p)
+        for old, group in zip(saved, groups, strict=True)
+        for index, (key, p) in enumerate(zip(old["params"], group["params"], strict=True))
+    }
+    for key, values in state_dict["state"].items():
+        if key in named:
+            _check_state(*named[key], values)
+            values = {
+                name: Shield(value) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        state[key] = values
+    return {**state_dict, "state": state}
+
+
+def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
+    present = {key: value for key, value in values.items() if key != "step"}
+    missing = [key for key in ("step", *MOMENTS) if key not in values]
+    if values and missing and set(values) != {"master_param"}:
+        raise ValueError(
+            f"{described}: the loaded state lacks {', '.join(missing)}; it is of another "
+            f"optimizer (has {', '.join(map(str, values))})"
+        )
+    for key, value in present.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape != p.shape:
+            raise ValueError(
+                f"{described}: the loaded {key} has shape {tuple(value.shape)}; it is of another "
+                f"model"
+            )
+        if value.isnan().any():
+            warnings.warn(f"{described}: the loaded {key} holds NaN", stacklevel=5)
+
+
+def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
+    """Puts a loaded state on p's device and in the precision that states of p have."""
+    if key == "step":
+        return value.to(dtype=torch.float32, device=p.device).reshape(())
+    return value.to(dtype=state_dtype(p), device=p.device)
+
+
+def new_master(p: Tensor) -> Tensor:
+    """The float32 copy of a low-precision parameter, in its layout."""
+    return p.detach().to(torch.float32, memory_format=torch.preserve_format)
