@@ -1,0 +1,207 @@
+"""Text to documents, sentences and a WordPiece tokenizer; knows nothing of examples or models.
+
+A document is a list of sentences. Which documents are held out is decided by a hash of their
+text, so that neither the order of the files nor added documents move any across the split.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from errors import UserError
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+Document = list[str]
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MAX_ALPHABET = 1000
+
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+_SENTENCE_END = re.compile(r"""[.!?]["')\]*]*$""")
+# A full stop ends a sentence when what follows looks like the start of one.
+_BOUNDARY = re.compile(r"""(?<=[.!?])(["')\]*]*)\s+(?=["'(\[*]*[A-Z])""")
+_ABBREVIATION = re.compile(r"(?:\b[A-Z]|\be\.g|\bi\.e|\bcf|\betc|\bvs|\bMr|\bMrs|\bDr|\bSt)\.$")
+_HEADING_RULE = re.compile(r"^\s*([*=\-~^#\"])\1{2,}\s*$")
+
+
+def split_sentences(block: str) -> Document:
+    """Splits a block of text without blank lines into sentences.
+
+    A line that ends like a sentence ends one; other line ends are taken as wrapping. A block of
+    several lines without any sentence end (code, a table, a word list) gives its lines.
+    """
+    lines = [" ".join(line.split()) for line in block.splitlines() if line.strip()]
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        paragraphs[-1].append(line)
+        if _SENTENCE_END.search(line):
+            paragraphs.append([])
+    sentences = [s for p in paragraphs if p for s in _split_paragraph(" ".join(p))]
+    if len(sentences) == 1 and len(lines) > 1 and not _SENTENCE_END.search(lines[-1]):
+        return lines
+    return sentences
+
+
+def _split_paragraph(text: str) -> list[str]:
+    sentences, start = [], 0
+    for boundary in _BOUNDARY.finditer(text):
+        candidate = text[start : boundary.end(1)]
+        if _ABBREVIATION.search(candidate):
+            continue
+        sentences.append(candidate)
+        start = boundary.end()
+    sentences.append(text[start:])
+    return sentences
+
+
+def python_documents() -> list[Document]:
+    """The default corpus: the language reference that every CPython carries, a topic a document.
+
+    Topics quote one another at length. A paragraph is kept only in the longest topic that has
+    it, or else held-out text would also be training text.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        document: Document = []
+        for block in _BLANK_LINES.split(text):
+            lines = [line for line in block.splitlines() if not _HEADING_RULE.match(line)]
+            key = " ".join(" ".join(lines).split())
+            if key and key not in seen:
+                seen.add(key)
+                document += split_sentences("\n".join(lines))
+        documents.append(document)
+    return documents
+
+
+def corpus_files(patterns: Sequence[str]) -> list[Path]:
+    """Expands files, folders (every file below that is not hidden) and globs; sorted, unique."""
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            below = (p for p in path.rglob("*") if p.is_file())
+            found = [p for p in below if not _hidden(p.relative_to(path))]
+        elif path.is_file():
+            found = [path]
+        else:
+            found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+        if not found:
+            raise UserError(f"--corpus: no file found at {pattern}.")
+        files.update((p.resolve(), None) for p in sorted(found))
+    return list(files)
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def file_documents(patterns: Sequence[str]) -> list[Document]:
+    """Reads UTF-8 text files in which blank lines separate documents."""
+    documents = []
+    for path in corpus_files(patterns):
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise UserError(f"--corpus: cannot read {path}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--corpus: {path} is not UTF-8 text (byte {error.start} cannot be decoded)."
+            ) from error
+        if "\0" in text:
+            raise UserError(f"--corpus: {path} is a binary file, not text (it has NUL bytes).")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        documents += [split_sentences(block) for block in _BLANK_LINES.split(text)]
+    return documents
+
+
+def load_corpus(
+    patterns: Sequence[str], held_out_share: float
+) -> tuple[list[Document], list[Document]]:
+    """Reads the corpus and splits it.
+
+    Args:
+        patterns: Files, folders or globs; empty for the Python documentation.
+        held_out_share: Expected share of documents to hold out, in (0, 1).
+
+    Returns:
+        Training documents and held-out documents, none of them empty.
+    """
+    documents = [d for d in (file_documents(patterns) if patterns else python_documents()) if d]
+    if not documents:
+        raise UserError("--corpus: the corpus has no text in it.")
+    train: list[Document] = []
+    held_out: list[Document] = []
+    for document in documents:
+        (held_out if _hash_fraction(document) < held_out_share else train).append(document)
+    for name, part, advice in (
+        ("training", train, "lower"),
+        ("held-out", held_out, "raise"),
+    ):
+        # The other document is needed for the negatives of next-sentence prediction.
+        if len(part) < 2:
+            raise UserError(
+                f"--corpus: of {len(documents)} documents (blank lines separate them) only "
+                f"{len(part)} went to the {name} part, which needs at least 2; give more "
+                f"documents or {advice} --held-out-share."
+            )
+    return train, held_out
+
+
+def _hash_fraction(document: Document) -> float:
+    digest = hashlib.sha256("\n".join(document).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """Trains an uncased BERT WordPiece tokenizer; the same text always gives the same tokenizer.
+
+    Args:
+        documents: Training documents.
+        vocab_size: Upper bound of the vocabulary, special tokens included.
+    """
+    sentences = [sentence for document in documents for sentence in document]
+    tokenizer = _bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        counts.update(tokenizer.normalizer.normalize_str(sentence))
+    frequent = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    alphabet = sorted(frequent[:MAX_ALPHABET])
+    # The trainer numbers "##x" pieces in hash-map order and breaks ties by number. Numbering
+    # them beforehand, as if they were special tokens, makes its result reproducible.
+    pieces = SPECIAL_TOKENS + alphabet + [f"##{c}" for c in alphabet]
+    if vocab_size < len(pieces):
+        raise UserError(
+            f"--vocab-size: {vocab_size} is too small, the characters of this corpus alone "
+            f"need {len(pieces)}."
+        )
+    tokenizer.train_from_iterator(
+        sentences,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=pieces,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        ),
+        length=len(sentences),
+    )
+    vocab = tokenizer.get_vocab()
+    # A fresh tokenizer, in which the pieces are ordinary vocabulary.
+    trained = _bert_tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    trained.add_special_tokens(SPECIAL_TOKENS)
+    return trained
+
+
+def _bert_tokenizer(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer

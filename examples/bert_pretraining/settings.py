@@ -1,0 +1,188 @@
+"""Command line to one flat dict of settings, and what of it a resumed run may change."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from model import SHAPES
+from optimizers import OPTIMIZERS
+
+# Change where a run goes or how often it reports, not what it computes.
+_FREE = {"out", "resume", "overwrite", "checkpoint_every", "eval_every", "device", "threads"}
+# Belong to one call, not to the run.
+_NOT_SAVED = {"out", "resume", "overwrite", "device"}
+
+
+def parse_settings(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parses the command line.
+
+    Returns:
+        All settings with defaults filled in, and those that were given explicitly.
+    """
+    settings = vars(_parser().parse_args(argv))
+    # argparse leaves alone what a namespace has already, unless the option is given.
+    unset = object()
+    marked = argparse.Namespace(**dict.fromkeys(settings, unset))
+    given = vars(_parser().parse_args(argv, marked))
+    explicit = {name: value for name, value in given.items() if value is not unset}
+    if settings["lr"] is None:
+        settings["lr"] = OPTIMIZERS[settings["optimizer"]].lr
+    if settings["vocab_size"] is None:
+        settings["vocab_size"] = SHAPES[settings["config"]].vocab_size
+    return settings, explicit
+
+
+def validate(settings: dict[str, Any]) -> None:
+    """Checks what concerns several settings at once."""
+    batch, micro = settings["batch_size"], settings["micro_batch_size"]
+    if batch % micro:
+        raise UserError(f"--batch-size: {batch} is not a multiple of --micro-batch-size {micro}.")
+    positions = SHAPES[settings["config"]].positions
+    if not 8 <= settings["sequence_length"] <= positions:
+        raise UserError(
+            f"--sequence-length: {settings['sequence_length']} is outside 8 to {positions}, the "
+            f"positions of the {settings['config']} model."
+        )
+
+
+def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of the settings that a checkpoint records."""
+    return {name: value for name, value in settings.items() if name not in _NOT_SAVED}
+
+
+def resumed_settings(
+    settings: dict[str, Any], explicit: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of a resumed run: those of the checkpoint, where the command line is silent.
+
+    Raises:
+        UserError: The command line asks for another computation than the checkpoint's.
+    """
+    for name, value in explicit.items():
+        # Where the corpus lies may change; the fingerprint of its tokens tells whether it did.
+        if name in _FREE or name == "corpus" or name not in saved:
+            continue
+        if value != saved[name]:
+            raise UserError(
+                f"--resume: the checkpoint was made with {_flag(name)} {_text(saved[name])}, not "
+                f"{_text(value)}; leave the option out, or start a new run in another --out."
+            )
+    return {**settings, **saved, **explicit}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(
+    kind: type, low: float, high: float = float("inf"), *, open_low: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type for a number in [low, high], or (low, high] with `open_low`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            bracket = "(" if open_low else "["
+            raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low}, {high}]")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Pretrains BERT (masked LM and next-sentence prediction).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count = _number(int, 1)
+    share = _number(float, 0.0, 0.9)
+    positive = _number(float, 0.0, open_low=True)
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="text files, folders or globs, blank lines between documents; without it, the "
+        "documentation that Python carries",
+    )
+    group.add_argument(
+        "--held-out-share", type=share, default=0.1, help="share of documents to hold out"
+    )
+    group.add_argument(
+        "--vocab-size", type=count, help="WordPiece vocabulary; None: the config's own"
+    )
+    group.add_argument("--sequence-length", type=count, default=64, help="tokens per example")
+
+    group = parser.add_argument_group("model and training")
+    group.add_argument("--config", choices=SHAPES, default="tiny", help="model shape")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="madam", help="optimizer")
+    group.add_argument("--steps", type=count, default=600, help="optimizer steps")
+    group.add_argument("--batch-size", type=count, default=128, help="examples per step")
+    group.add_argument(
+        "--micro-batch-size", type=count, default=32, help="examples per forward and backward"
+    )
+    group.add_argument("--lr", type=positive, help="peak lr; None: the optimizer's own")
+    group.add_argument("--warmup", type=share, default=0.1, help="share of steps with rising lr")
+    group.add_argument(
+        "--decay-power", type=positive, default=1.0, help="power of the polynomial lr decay"
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=_number(float, 0.0),
+        default=0.1,
+        help="decoupled, not on biases and LayerNorm",
+    )
+    group.add_argument(
+        "--betas",
+        nargs=2,
+        type=_number(float, 0.0, 1.0),
+        default=[0.9, 0.999],
+        metavar=("ALPHA", "BETA"),
+        help="momentum, and the (upper) averaging coefficient of squared gradients",
+    )
+    group.add_argument(
+        "--beta-min",
+        type=_number(float, 0.0, 1.0, open_low=True),
+        default=0.5,
+        help="lower averaging coefficient of MaxVA; adamw has none",
+    )
+    group.add_argument(
+        "--max-grad-norm", type=positive, default=1.0, help="clip gradients to this global norm"
+    )
+    group.add_argument("--seed", type=_number(int, 0), default=0, help="seed of everything")
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out", type=Path, default=Path("runs/bert_pretraining"), help="folder of the run"
+    )
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out, with its settings",
+    )
+    exclusive.add_argument(
+        "--overwrite", action="store_true", help="delete the run that is in --out"
+    )
+    group.add_argument("--checkpoint-every", type=count, default=100, help="steps in between")
+    group.add_argument("--eval-every", type=count, default=50, help="steps in between")
+    group.add_argument(
+        "--eval-examples", type=count, default=512, help="most held-out examples to evaluate"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
+    group.add_argument(
+        "--threads", type=_number(int, 0), default=0, help="CPU threads; 0: torch's choice"
+    )
+    return parser

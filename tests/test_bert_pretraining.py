@@ -1,0 +1,516 @@
+"""The BERT pretraining example: data, checkpoints, and runs from end to end, all tiny."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("tensorboard")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"
+SCRIPT = FOLDER / "pretrain.py"
+MODULES = ("pretrain", "corpus", "data", "model", "checkpoint", "optimizers", "report")
+STEPS = 6
+
+
+def _import_example() -> SimpleNamespace:
+    # The modules have everyday names: none may stay behind for the tests of another example.
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent == FOLDER:
+                del sys.modules[name]
+
+
+example = _import_example()
+
+
+@pytest.fixture(autouse=True)
+def keep_thread_count() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 documents of eight sentences over a small vocabulary, every sentence unique."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(60)]
+    numbers = itertools.count()
+    documents = [
+        "\n".join(f"Line {next(numbers)} {' '.join(rng.choice(words, 6))}." for _ in range(8))
+        for _ in range(120)
+    ]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return path
+
+
+def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
+    small = (
+        f"--optimizer adamw --steps {STEPS} --batch-size 8 --micro-batch-size 4 "
+        "--sequence-length 32 --vocab-size 256 --eval-examples 8 --eval-every 3 "
+        "--checkpoint-every 2 --threads 1 --device cpu"
+    )
+    return ["--corpus", str(corpus), "--out", str(out), *small.split(), *more]
+
+
+def newest_state(out: Path) -> dict:
+    return torch.load(example.checkpoint.checkpoints(out)[0], weights_only=True)
+
+
+def assert_same(left: object, right: object, where: str = "state") -> None:
+    """Recursive equality, tensors bit by bit."""
+    assert type(left) is type(right), where
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype, where
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert left == right, where
+
+
+def assert_same_training(left: dict, right: dict) -> None:
+    for key in ("step", "model", "optimizer", "scheduler", "cpu_rng", "history"):
+        assert_same(left[key], right[key], key)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run from start to end, by the command line as a user has it."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments(corpus_file, out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=out, stdout=done.stdout)
+
+
+# Runs.
+
+
+def test_run_leaves_plot_metrics_log_and_checkpoints(undisturbed: SimpleNamespace) -> None:
+    out = undisturbed.out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == STEPS
+    assert metrics["train_mlm_last"] < metrics["train_mlm_first"] - 0.2
+    assert metrics["held_out_mlm_end"] < metrics["held_out_mlm_start"] - 0.3
+    assert [step for step, _ in metrics["history"]["held_out"]] == [0, 3, 6]
+    assert 0 < metrics["optimizer_share"] < 1
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+    steps = [example.checkpoint._step(p) for p in example.checkpoint.checkpoints(out)]
+    assert steps == [6, 4]
+    for path in (metrics["plot"], metrics["checkpoint"], metrics["metrics"]):
+        assert path in undisturbed.stdout
+        assert Path(path).is_file()
+
+
+def test_same_seed_same_run_other_seed_other_run(
+    undisturbed: SimpleNamespace, corpus_file: Path, tmp_path: Path
+) -> None:
+    assert example.pretrain.main(arguments(corpus_file, tmp_path / "same")) == 0
+    assert_same_training(newest_state(undisturbed.out), newest_state(tmp_path / "same"))
+    assert example.pretrain.main(arguments(corpus_file, tmp_path / "other", "--seed", "1")) == 0
+    same, other = newest_state(tmp_path / "same"), newest_state(tmp_path / "other")
+    assert same["history"]["train"] != other["history"]["train"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "madam", "lamadam"])
+def test_resume_after_damage_is_bit_exact(
+    optimizer: str, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The newest checkpoint is cut short; the one before it leads to the same end."""
+    if optimizer != "adamw":
+        pytest.importorskip("maxva_kernels")
+    out = tmp_path / "run"
+    assert example.pretrain.main(arguments(corpus_file, out, "--optimizer", optimizer)) == 0
+    expected = newest_state(out)
+    newest = example.checkpoint.checkpoints(out)[0]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    torch.manual_seed(123)  # Resuming must not lean on the RNG state that it finds.
+    capsys.readouterr()
+    assert example.pretrain.main(["--out", str(out), "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert "damaged" in printed.err
+    assert "at step 4" in printed.out
+    assert_same_training(expected, newest_state(out))
+
+
+def test_sigterm_then_resume_is_bit_exact(
+    undisturbed: SimpleNamespace, corpus_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    # Evaluating takes no random numbers, so evaluating often costs time and changes nothing.
+    slow = ("--eval-every", "1", "--checkpoint-every", "1")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments(corpus_file, out, *slow)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not example.checkpoint.checkpoints(out) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume" in stdout
+    assert not (out / "metrics.json").exists()
+    stopped_at = newest_state(out)["step"]
+    assert 1 <= stopped_at < STEPS
+    assert f"after step {stopped_at}" in stdout
+    assert example.pretrain.main(["--out", str(out), "--resume", "--eval-every", "3"]) == 0
+    resumed, expected = newest_state(out), newest_state(undisturbed.out)
+    # How often it was evaluated differs on purpose.
+    resumed["history"].pop("held_out"), expected["history"].pop("held_out")
+    assert_same_training(expected, resumed)
+
+
+def error_of(capsys: pytest.CaptureFixture, argv: list[str]) -> str:
+    capsys.readouterr()
+    assert example.pretrain.main(argv) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_refusals(
+    undisturbed: SimpleNamespace, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = undisturbed.out
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    resume = ["--out", str(out), "--resume"]
+    assert "--lr 0.005, not 0.5" in error_of(capsys, [*resume, "--lr", "0.5"])
+    assert "--optimizer adamw, not madam" in error_of(capsys, [*resume, "--optimizer", "madam"])
+    other = tmp_path / "other.txt"
+    other.write_text(corpus_file.read_text().replace("Line 7 ", "Line 7000 "))
+    assert "--corpus" in error_of(capsys, [*resume, "--corpus", str(other)])
+    assert "--overwrite" in error_of(capsys, arguments(corpus_file, out))
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    fresh = tmp_path / "fresh"
+    assert "no checkpoint" in error_of(capsys, ["--out", str(fresh), "--resume"])
+    assert "--batch-size" in error_of(capsys, [*arguments(corpus_file, fresh, "--batch-size", "7")])
+    assert "--sequence-length" in error_of(
+        capsys, arguments(corpus_file, fresh, "--sequence-length", "513")
+    )
+    assert "--vocab-size" in error_of(capsys, arguments(corpus_file, fresh, "--vocab-size", "9"))
+    assert not fresh.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no file found"),
+        (b"", "no text"),
+        (b" \n\n \n", "no text"),
+        (b"One document only. It has two sentences.", "at least 2"),
+        (b"text \xff\xfe more", "byte 5"),
+        (b"PK\x03\x04\x00\x00", "binary"),
+    ],
+    ids=["missing", "empty", "blank", "one document", "undecodable", "binary"],
+)
+def test_corpus_errors(
+    content: bytes | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    message = error_of(capsys, arguments(path, tmp_path / "run"))
+    assert message.startswith("error: --corpus: ")
+    assert expected in message
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(
+    undisturbed: SimpleNamespace, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for path in undisturbed.out.iterdir():
+        (out / path.name).mkdir() if path.is_dir() else (out / path.name).touch()
+    (out / "notes.txt").write_text("keep me")
+    example.pretrain._delete_run(out)
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+
+
+# Checkpoints.
+
+
+def test_interrupted_save_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example.checkpoint.save(tmp_path, 1, {"value": 1})
+
+    def fail(state: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            example.checkpoint.save(tmp_path, 2, {"value": 2})
+    state, path, damaged = example.checkpoint.load_latest(tmp_path)
+    assert state == {"value": 1}
+    assert damaged == []
+    for step in (2, 3, 3):
+        example.checkpoint.save(tmp_path, step, {"value": os.urandom(4).hex()})
+    assert [example.checkpoint._step(p) for p in example.checkpoint.checkpoints(tmp_path)] == [3, 2]
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_flipped_bit_is_recognised(tmp_path: Path) -> None:
+    example.checkpoint.save(tmp_path, 1, {"value": 1})
+    path = example.checkpoint.save(tmp_path, 2, {"weights": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    state, _, damaged = example.checkpoint.load_latest(tmp_path)
+    assert state == {"value": 1}
+    assert len(damaged) == 1
+    assert damaged[0].is_file()
+
+
+# Data.
+
+
+@pytest.fixture(scope="module")
+def tokenized(corpus_file: Path) -> SimpleNamespace:
+    train, held_out = example.corpus.load_corpus([str(corpus_file)], 0.2)
+    tokenizer = example.corpus.train_tokenizer(train, 256)
+    store = example.data.tokenize(train, tokenizer, 14)
+    examples = example.data.PretrainingExamples(store, 32, tokenizer.get_vocab_size(), seed=0)
+    return SimpleNamespace(
+        train=train, held_out=held_out, tokenizer=tokenizer, store=store, examples=examples
+    )
+
+
+def test_example_is_a_function_of_seed_epoch_and_index(tokenized: SimpleNamespace) -> None:
+    def build(seed: int) -> ModuleType:
+        vocab = tokenized.tokenizer.get_vocab_size()
+        return example.data.PretrainingExamples(tokenized.store, 32, vocab, seed)
+
+    size = len(tokenized.examples)
+    # Jumping between epochs in any order gives what a walk from the start gives.
+    walked = tokenized.examples.batch(0, 2 * size + 3)
+    jumped = build(0)
+    for index in (2 * size + 1, 5, size, 0, size - 1):
+        for name, tensor in jumped.batch(index, 1).items():
+            assert torch.equal(tensor[0], walked[name][index]), (name, index)
+    assert not torch.equal(build(1).batch(0, 4)["input_ids"], walked["input_ids"][:4])
+    epochs = walked["input_ids"][:size], walked["input_ids"][size : 2 * size]
+    assert not torch.equal(*epochs)
+
+
+def test_every_epoch_visits_every_chunk_once(tokenized: SimpleNamespace) -> None:
+    examples = tokenized.examples
+    for epoch in (0, 1):
+        firsts = [examples.example(epoch, i).a_sentences[0] for i in range(len(examples))]
+        assert sorted(firsts) == sorted(int(first) for first, _ in examples._chunks)
+    covered = {s for first, last in examples._chunks for s in range(first, last)}
+    assert covered == set(range(len(tokenized.store.sentence_starts) - 1))
+
+
+def test_masking_statistics(tokenized: SimpleNamespace) -> None:
+    data = example.data
+    batch = tokenized.examples.batch(0, 4000)
+    ids, labels = batch["input_ids"], batch["labels"]
+    chosen = labels != data.IGNORED_LABEL
+    special = (ids == data.CLS) | (ids == data.SEP) | (ids == data.PAD)
+    assert not (chosen & special).any()
+    assert not (chosen & ((labels == data.CLS) | (labels == data.SEP))).any()
+    ordinary = (batch["attention_mask"] == 1) & ~special
+    expected = [max(1, round(0.15 * n)) for n in ordinary.sum(1).tolist()]
+    assert chosen.sum(1).tolist() == expected
+    count = sum(expected)
+    masked = (ids[chosen] == data.MASK).float().mean().item()
+    kept = (ids[chosen] == labels[chosen]).float().mean().item()
+    # Four standard deviations of the 80/10/10 draw; a random token is sometimes the same one.
+    assert masked == pytest.approx(0.8, abs=4 * (0.8 * 0.2 / count) ** 0.5)
+    assert kept == pytest.approx(0.1 + 0.1 / 250, abs=4 * (0.1 * 0.9 / count) ** 0.5)
+    assert not (ids[~chosen] == data.MASK).any()
+    assert ids.max() < tokenized.tokenizer.get_vocab_size()
+
+
+def test_next_sentence_pairs(tokenized: SimpleNamespace) -> None:
+    data, store = example.data, tokenized.store
+    document_of = np.searchsorted(
+        store.document_starts, np.arange(len(store.sentence_starts) - 1), side="right"
+    )
+    answers = []
+    for index in range(2000):
+        item = tokenized.examples.example(*divmod(index, len(tokenized.examples)))
+        answers.append(item.next_sentence_label)
+        ids = np.where(item.labels == data.IGNORED_LABEL, item.input_ids, item.labels)
+        seam, end = np.flatnonzero(ids == data.SEP)
+        a, b = ids[1:seam], ids[seam + 1 : end]
+        assert ids[0] == data.CLS
+        assert end == len(ids) - 1
+        assert len(a)
+        assert len(b)
+        assert (item.token_type_ids == (np.arange(len(ids)) > seam)).all()
+        # A is the end of its sentences and B the beginning of its own.
+        assert (a == store.span(*item.a_sentences)[-len(a) :]).all()
+        assert (b == store.span(*item.b_sentences)[: len(b)]).all()
+        documents = [document_of[s[0]] for s in (item.a_sentences, item.b_sentences)]
+        if item.next_sentence_label == data.IS_NEXT:
+            assert item.b_sentences[0] == item.a_sentences[1]
+            assert documents[0] == documents[1] == document_of[item.b_sentences[1] - 1]
+        else:
+            assert documents[0] != documents[1]
+    share = answers.count(data.IS_NEXT) / len(answers)
+    assert share == pytest.approx(0.5, abs=4 * 0.5 / len(answers) ** 0.5)
+
+
+def test_tokenizer_is_reproducible(tokenized: SimpleNamespace) -> None:
+    again = example.corpus.train_tokenizer(tokenized.train, 256)
+    assert again.to_str() == tokenized.tokenizer.to_str()
+    # Only the five special tokens are special: the piece ##a is not matched in raw text.
+    assert again.encode("[MASK] ##a").tokens[:2] == ["[MASK]", "[UNK]"]
+
+
+def test_split_depends_on_the_text_only(corpus_file: Path, tmp_path: Path) -> None:
+    _, held_out = example.corpus.load_corpus([str(corpus_file)], 0.2)
+    blocks = corpus_file.read_text().split("\n\n")
+    shuffled = tmp_path / "shuffled.txt"
+    shuffled.write_text("\n\n".join([*reversed(blocks), "Something new. It is added."]))
+    _, held_out_again = example.corpus.load_corpus([str(shuffled)], 0.2)
+    texts = {tuple(d) for d in held_out}
+    assert len(texts) > 5
+    assert texts == {tuple(d) for d in held_out_again} - {("Something new.", "It is added.")}
+
+
+@pytest.mark.parametrize(
+    ("block", "sentences"),
+    [
+        ("It is wrapped\nhere. And goes on.", ["It is wrapped here.", "And goes on."]),
+        ("one per line .\nlower case too .", ["one per line .", "lower case too ."]),
+        ("x = 1\ny = 2", ["x = 1", "y = 2"]),
+        ('See e.g. Smith. "Quoted?" Yes!', ["See e.g. Smith.", '"Quoted?"', "Yes!"]),
+    ],
+)
+def test_sentence_splitting(block: str, sentences: list[str]) -> None:
+    assert example.corpus.split_sentences(block) == sentences
+
+
+def test_folders_and_globs(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/c.md", ".hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Text.")
+    found = example.corpus.corpus_files([str(tmp_path), str(tmp_path / "*.txt")])
+    assert [p.name for p in found] == ["a.txt", "b.txt", "c.md"]
+
+
+def test_python_documentation_is_split_without_overlap() -> None:
+    train, held_out = example.corpus.load_corpus([], 0.1)
+    assert sum(len(s) for d in train for s in d) > 100_000
+    long = {s for d in train for s in d if len(s) > 100}
+    shared = [s for d in held_out for s in d if s in long]
+    assert len(shared) <= 3
+
+
+# Model, optimizer, schedule.
+
+
+def tiny_model() -> nn.Module:
+    shape = example.model.Shape(layers=1, hidden=16, heads=2, vocab_size=64, positions=32)
+    torch.manual_seed(0)
+    return example.pretrain.BertForPreTraining(shape.config(64))
+
+
+def test_undecayed_group_is_biases_and_layer_norm() -> None:
+    model = tiny_model()
+    decayed, undecayed = example.model.decay_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1
+    assert undecayed["weight_decay"] == 0.0
+    without = {names[id(p)] for p in undecayed["params"]}
+    assert without == {n for n in names.values() if n.endswith("bias") or "LayerNorm" in n}
+    assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - without
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(names)
+
+
+def test_losses_agree_with_the_models_own(tokenized: SimpleNamespace) -> None:
+    batch = tokenized.examples.batch(0, 6)
+    shape = example.model.Shape(layers=1, hidden=16, heads=2, vocab_size=256, positions=32)
+    model = example.pretrain.BertForPreTraining(shape.config(256)).eval()
+    mlm, nsp, correct = example.model.pretraining_losses(model, batch)
+    expected = model(**batch)
+    masked = (batch["labels"] != example.data.IGNORED_LABEL).sum()
+    torch.testing.assert_close(mlm / masked + nsp / 6, expected.loss)
+    answers = expected.seq_relationship_logits.argmax(-1)
+    assert correct == (answers == batch["next_sentence_label"]).sum()
+
+
+def test_schedule() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = example.optimizers.warmup_polynomial(optimizer, steps=10, warmup=0.2, power=2.0)
+    lrs = []
+    for _ in range(10):
+        lrs.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    decay = [2.0 * ((10 - step) / 8) ** 2 for step in range(2, 10)]
+    assert lrs == pytest.approx([1.0, 2.0, *decay])
+
+
+@pytest.mark.parametrize("name", ["madam", "lamadam"])
+def test_maxva_optimizers_get_their_arguments(name: str) -> None:
+    pytest.importorskip("maxva_kernels")
+    settings = {
+        "optimizer": name,
+        "lr": 1e-3,
+        "betas": [0.9, 0.99],
+        "beta_min": 0.25,
+        "max_grad_norm": 0.5,
+    }
+    model = tiny_model()
+    optimizer, step = example.optimizers.build_optimizer(
+        example.model.decay_groups(model, 0.1), settings
+    )
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    for group in optimizer.param_groups:
+        assert group["lr"] == 1e-3
+        assert group["betas"] == (0.9, 0.99)
+        assert group["beta_min"] == 0.25
+        assert group["max_grad_norm"] == 0.5
+    model.cls.seq_relationship.bias.grad = torch.ones(2)
+    before = model.cls.seq_relationship.bias.detach().clone()
+    step()
+    assert (model.cls.seq_relationship.bias < before).all()
