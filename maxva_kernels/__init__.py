@@ -3,7 +3,16 @@
 from importlib.metadata import version as _version
 
 from maxva_kernels.backends import backends
+from maxva_kernels.convert import load_reference_state
 from maxva_kernels.optimizers import FusedLaMAdam, FusedMAdam, LaMAdam, MAdam
 
 __version__ = _version("maxva-kernels")
-__all__ = ["FusedLaMAdam", "FusedMAdam", "LaMAdam", "MAdam", "__version__", "backends"]
+__all__ = [
+    "FusedLaMAdam",
+    "FusedMAdam",
+    "LaMAdam",
+    "MAdam",
+    "__version__",
+    "backends",
+    "load_reference_state",
+]

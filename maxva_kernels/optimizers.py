@@ -57,10 +57,10 @@ class FusedOptions(Options, total=False):
     backend: str
 
 
-class _MaxVA(Optimizer):
+class MaxVA(Optimizer):
     """The step protocol that MAdam and LaMAdam share; subclasses name the algorithm."""
 
-    _algorithm: ClassVar[str]
+    algorithm: ClassVar[str]
     # a class attribute: instance attributes do not survive deepcopy and pickle
     _step_supports_amp_scaling = True
     _backend = "auto"
@@ -420,9 +420,9 @@ class _MaxVA(Optimizer):
             if batch.trust_ratio:
                 norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
                 for phase in (Phase.STATES, Phase.PARAMETERS):
-                    backend.update(batch, self._algorithm, phase, control, grad_scale, norms)
+                    backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
             else:
-                backend.update(batch, self._algorithm, Phase.WHOLE, control, grad_scale, None)
+                backend.update(batch, self.algorithm, Phase.WHOLE, control, grad_scale, None)
 
     def _count_on_host(self, controls: dict[torch.device, tuple[Any, ...]]) -> None:
         skipped = any(
@@ -440,7 +440,7 @@ class _MaxVA(Optimizer):
         return {**super().__getstate__(), "_backend": self._backend}
 
 
-class FusedMAdam(_MaxVA):
+class FusedMAdam(MaxVA):
     """MAdam (Zhu et al., Alg. 1): Adam whose beta_2 maximises the observed variance, fused.
 
     One memory pass per step over parameter, gradient and the four states. A call written for
@@ -482,17 +482,17 @@ class FusedMAdam(_MaxVA):
         RuntimeError: the backend asked for is not available here.
     """
 
-    _algorithm = "madam"
+    algorithm = "madam"
 
 
-class FusedLaMAdam(_MaxVA):
+class FusedLaMAdam(MaxVA):
     """LaMAdam (Zhu et al., Alg. 2): momentum of the normalised gradient, as LaProp; fused.
 
     Arguments and errors as FusedMAdam, with another default of eps. Under a changing lr the
     momentum follows Alg. 2: lr scales the update, it is not inside the momentum.
     """
 
-    _algorithm = "lamadam"
+    algorithm = "lamadam"
 
     def __init__(
         self,
@@ -507,10 +507,10 @@ class FusedLaMAdam(_MaxVA):
         super().__init__(params, lr, betas, beta_min, eps, weight_decay, **options)
 
 
-class MAdam(_MaxVA):
+class MAdam(MaxVA):
     """FusedMAdam in plain torch operations: the reference, on any device, for any options."""
 
-    _algorithm = "madam"
+    algorithm = "madam"
 
     def __init__(
         self,
@@ -525,10 +525,10 @@ class MAdam(_MaxVA):
         super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
 
 
-class LaMAdam(_MaxVA):
+class LaMAdam(MaxVA):
     """FusedLaMAdam in plain torch operations: the reference, on any device, for any options."""
 
-    _algorithm = "lamadam"
+    algorithm = "lamadam"
 
     def __init__(
         self,
