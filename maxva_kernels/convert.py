@@ -116,12 +116,17 @@ def _from_adam(
 ) -> dict[str, Tensor]:
     t = int(saved.get("step", _group_step(group)))
     alpha, beta = group["betas"]
-    m, v = saved["exp_avg"].float(), saved["exp_avg_sq"].float()
+    m, v = _wide(saved["exp_avg"]), _wide(saved["exp_avg_sq"])
     w = 1 - beta**t
     u = m * (w / (1 - alpha**t)) if t else torch.zeros_like(m)
     if algorithm == "lamadam" and t:
         m = torch.where(v == 0, 0.0, m / ((v / w).sqrt() + h["eps"]))
     state = _state(t, m, u, v, w)
     if "max_exp_avg_sq" in saved and t:
-        state["max_exp_avg_sq"] = saved["max_exp_avg_sq"].float() / w
+        state["max_exp_avg_sq"] = _wide(saved["max_exp_avg_sq"]) / w
     return state
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, as our states are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

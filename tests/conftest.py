@@ -1,0 +1,62 @@
+"""Fixtures: the backends that run on CPU tensors here, and memory that starts as NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import maxva_kernels
+
+REPORT = maxva_kernels.backends()
+#: Backends other than the reference. "cpu" is never left out: where it is missing, tests fail.
+KERNELS = ["cpu"]
+if os.environ.get("TRITON_INTERPRET") == "1" and REPORT.get("triton") == "available":
+    KERNELS.append("triton")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+@pytest.fixture(params=["eager", *KERNELS])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs on CPU tensors here."""
+    return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Every such backend but the eager reference."""
+    return request.param
+
+
+@pytest.fixture(params=["madam", "lamadam"])
+def algorithm(request: pytest.FixtureRequest) -> str:
+    """Both optimizers, by the names the operators use."""
+    return request.param
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """Every torch.empty starts as NaN, so that an element nobody writes is noticed."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,349 @@
+"""State dicts: precision, refusal, conversion, and going on as if never stopped."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import maxva_kernels
+from maxva_kernels import FusedLaMAdam, FusedMAdam, load_reference_state
+
+SHAPES = [(5, 7), (3,), (), (0, 4)]
+CLASSES = [FusedMAdam, FusedLaMAdam]
+
+
+def make_params(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES
+    ]
+
+
+def train(params, optimizer, begin, end):
+    """Steps begin..end with gradients that depend on the step alone."""
+    for t in range(begin, end):
+        generator = torch.Generator().manual_seed(1000 + t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def through_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(params, optimizer, other_params, other):
+    for p, q in zip(params, other_params, strict=True):
+        assert torch.equal(p, q)
+        state, other_state = optimizer.state[p], other.state[q]
+        assert state.keys() == other_state.keys()
+        for key, value in state.items():
+            assert value.dtype == other_state[key].dtype, key
+            assert torch.equal(value, other_state[key]), key
+    for group, other_group in zip(optimizer.param_groups, other.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {
+            k: v for k, v in other_group.items() if k != "params"
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_save_load_and_go_on_equals_never_having_stopped(cls, dtype, backend):
+    options = {"backend": backend, "master_weights": True, "amsgrad": True, "weight_decay": 0.1}
+    params = make_params(dtype)
+    optimizer = cls(params, **options)
+    train(params, optimizer, 0, 3)
+    saved = through_a_file({"params": [p.data for p in params], "opt": optimizer.state_dict()})
+    train(params, optimizer, 3, 7)
+
+    resumed_params = [torch.nn.Parameter(p) for p in saved["params"]]
+    resumed = cls(resumed_params, **options)
+    resumed.load_state_dict(saved["opt"])
+    train(resumed_params, resumed, 3, 7)
+    assert_same(params, optimizer, resumed_params, resumed)
+    assert resumed.param_groups[0]["step"] == 7
+
+
+def test_state_goes_on_under_another_backend():
+    params, other_params = make_params(), make_params()
+    optimizer = FusedMAdam(params, backend="cpu")
+    train(params, optimizer, 0, 3)
+    other = FusedMAdam(other_params, backend="eager")
+    train(other_params, other, 0, 1)
+    for p, q in zip(params, other_params, strict=True):
+        q.data.copy_(p.data)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(params, optimizer, 3, 6)
+    train(other_params, other, 3, 6)
+    for p, q in zip(params, other_params, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_a_wider_state_beside_bfloat16_is_not_rounded():
+    params = make_params(torch.bfloat16)
+    optimizer = FusedMAdam(params)
+    train(params, optimizer, 0, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.load_state_dict(optimizer.state_dict())
+    for index, p in enumerate(params):
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == torch.float32, key
+            assert torch.equal(value, before[index][key]), key
+    lossy = before[0]["exp_avg"]
+    assert not torch.equal(lossy, lossy.bfloat16().float())  # rounding would have shown
+
+
+def test_users_hooks_still_fire_and_see_tensors():
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    train(params, optimizer, 0, 1)
+    seen = []
+
+    def halve(opt, state_dict):
+        seen.append("pre")
+        state_dict = copy.deepcopy(state_dict)
+        for values in state_dict["state"].values():
+            values["exp_avg"] = values["exp_avg"] / 2
+        return state_dict
+
+    optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append("post"))
+    m = optimizer.state[params[0]]["exp_avg"].clone()
+    for _ in range(2):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post"] * 2
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], m / 4)
+
+
+def test_an_older_dict_takes_the_defaults_and_foreign_keys_stay():
+    params = make_params()
+    optimizer = FusedMAdam(params, skip_nonfinite=True)
+    train(params, optimizer, 0, 1)
+    old = copy.deepcopy(optimizer.state_dict())
+    del old["param_groups"][0]["skip_nonfinite"], old["param_groups"][0]["delta"]
+    old["param_groups"][0]["initial_lr"] = 0.5
+    for values in old["state"].values():
+        values["step"] = 1  # a plain number
+    optimizer.load_state_dict(old)
+    group = optimizer.param_groups[0]
+    assert group["skip_nonfinite"] is True
+    assert group["delta"] == 1e-16
+    assert group["initial_lr"] == 0.5
+    step = optimizer.state[params[0]]["step"]
+    assert step.dtype == torch.float32
+    assert step.shape == ()
+    train(params, optimizer, 1, 2)
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_master_weights_missing_from_a_dict_are_made_from_the_parameter():
+    params = make_params(torch.bfloat16)
+    plain = FusedMAdam(params)
+    train(params, plain, 0, 1)
+    optimizer = FusedMAdam(params, master_weights=True)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": plain.state_dict()["state"], "param_groups": groups})
+    train(params, optimizer, 1, 2)
+    master = optimizer.state[params[0]]["master_param"]
+    assert master.dtype == torch.float32
+    assert torch.equal(master.bfloat16(), params[0])
+
+
+def _broken(kind, state_dict):
+    state_dict = copy.deepcopy(state_dict)
+    values = state_dict["state"][0]
+    if kind == "another optimizer's":
+        del values["maxva_avg"], values["maxva_weight"]
+    elif kind == "another model's":
+        values["exp_avg_sq"] = torch.zeros(7, 5)
+    elif kind == "another grouping":
+        state_dict["param_groups"][0]["params"].pop()
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("another optimizer's", r"parameter 0 .*lacks maxva_avg, maxva_weight"),
+        ("another model's", r"parameter 0 .*exp_avg_sq has shape \(7, 5\)"),
+        ("another grouping", "doesn't match the size"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_changes(kind, message):
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    train(params, optimizer, 0, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(_broken(kind, before))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, values in before["state"].items():
+        for key, value in values.items():
+            assert torch.equal(after["state"][index][key], value)
+
+
+def test_a_nan_in_a_loaded_state_is_named():
+    names = ["bias", "weight"]
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in names]
+    optimizer = FusedMAdam(list(zip(names, params, strict=True)))
+    train(params, optimizer, 0, 1)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][1]["maxva_avg"][1] = float("nan")
+    with pytest.warns(UserWarning, match=r"'weight'.*maxva_avg holds NaN"):
+        optimizer.load_state_dict(state_dict)
+
+
+def test_parameters_without_state_are_legal():
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    params[1].grad = torch.ones(3)
+    optimizer.step()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    assert list(state_dict["state"]) == [1]
+    optimizer.load_state_dict(state_dict)
+    train(params, optimizer, 0, 1)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_keep_everything(copied):
+    params = make_params()
+    optimizer = FusedMAdam(params, backend="eager", max_grad_norm=1.0)
+    train(params, optimizer, 0, 2)
+    other = copied(optimizer)
+    other_params = other.param_groups[0]["params"]
+    assert other._backend == "eager"
+    train(params, optimizer, 2, 4)
+    train(other_params, other, 2, 4)
+    assert_same(params, optimizer, other_params, other)
+
+
+# What the authors' optimizers and Adam would have saved, by definition, at the point that one of
+# ours has reached.
+
+
+def authors_madam(optimizer, tensor_w):
+    group = optimizer.param_groups[0]
+    state = {}
+    for index, p in enumerate(group["params"]):
+        s = optimizer.state[p]
+        state[index] = {
+            "exp_avg": s["maxva_avg"],
+            "exp_avg_sq": s["exp_avg_sq"],
+            "exp_avg_grad": s["exp_avg"],
+            "total_w": s["maxva_weight"] if tensor_w else 1 - group["betas"][1],
+        }
+    own = {"lr": 0.25, "eps": 1e-8, "step": group["step"], "params": [0, 1, 2, 3]}
+    return {"state": state, "param_groups": [own]}
+
+
+def authors_lamadam(optimizer, running_lr_key):
+    group = optimizer.param_groups[0]
+    alpha, lr = group["betas"][0], 0.25
+    state = {}
+    for index, p in enumerate(group["params"]):
+        s = optimizer.state[p]
+        state[index] = {
+            "step": int(s["step"]),
+            "g_est": s["maxva_avg"],
+            "g_sq_est": s["exp_avg_sq"],
+            "total_w": s["maxva_weight"],
+            "update_est": lr * s["exp_avg"],
+            running_lr_key: lr * (1 - alpha ** int(s["step"])),
+        }
+    own = {"lr": lr, "momentum": alpha, "params": [0, 1, 2, 3]}
+    return {"state": state, "param_groups": [own]}
+
+
+@pytest.mark.parametrize(
+    ("cls", "steps", "as_saved_by", "argument"),
+    [
+        (FusedMAdam, 4, authors_madam, True),
+        (FusedMAdam, 1, authors_madam, False),
+        (FusedLaMAdam, 4, authors_lamadam, "update_avg_lr"),
+        (FusedLaMAdam, 4, authors_lamadam, "update_lr_bc"),
+    ],
+)
+def test_the_authors_checkpoints_go_on_where_they_stopped(cls, steps, as_saved_by, argument):
+    params, other_params = make_params(torch.float64), make_params(torch.float64, seed=1)
+    optimizer, other = cls(params, lr=0.25), cls(other_params)
+    train(params, optimizer, 0, steps)
+    load_reference_state(other, as_saved_by(optimizer, argument))
+    for p, q in zip(params, other_params, strict=True):
+        q.data.copy_(p.data)
+    group = other.param_groups[0]
+    assert group["lr"] == 0.25
+    assert group["step"] == steps
+    train(params, optimizer, steps, steps + 3)
+    train(other_params, other, steps, steps + 3)
+    for p, q in zip(params, other_params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-15)
+
+
+def test_adamw_goes_on_as_madam_with_equal_betas():
+    params, other_params = make_params(torch.float64), make_params(torch.float64)
+    betas = (0.9, 0.98)
+    adamw = torch.optim.AdamW(params, lr=1e-2, betas=betas, weight_decay=0.1)
+    train(params, adamw, 0, 5)
+    ours = FusedMAdam(other_params, betas=betas, beta_min=0.98, weight_decay=0.1)
+    load_reference_state(ours, adamw.state_dict())
+    for p, q in zip(params, other_params, strict=True):
+        q.data.copy_(p.data)
+    train(params, adamw, 5, 8)
+    train(other_params, ours, 5, 8)
+    for p, q in zip(params, other_params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-15)
+
+
+def test_the_warm_start_from_adam_has_its_mean_and_second_moment():
+    params = make_params(torch.float64)
+    adam = torch.optim.Adam(params, betas=(0.8, 0.95))
+    train(params, adam, 0, 3)
+    ours = FusedLaMAdam(params, betas=(0.8, 0.99))
+    load_reference_state(ours, adam.state_dict())
+    for p in params[:3]:
+        s, saved = ours.state[p], adam.state[p]
+        w = s["maxva_weight"]
+        torch.testing.assert_close(w, torch.full_like(w, 1 - 0.95**3), rtol=1e-14, atol=0)
+        mean = saved["exp_avg"] / (1 - 0.8**3)
+        second = saved["exp_avg_sq"] / (1 - 0.95**3)
+        torch.testing.assert_close(s["maxva_avg"] / w, mean, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(s["exp_avg_sq"] / w, second, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(
+            s["exp_avg"], saved["exp_avg"] / second.sqrt(), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_loading_leaves_the_other_optimizer_alone():
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    train(params, optimizer, 0, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    other_params = make_params()
+    other = FusedMAdam(other_params)
+    load_reference_state(other, authors_madam(optimizer, tensor_w=True))
+    train(other_params, other, 2, 4)
+    for index, p in enumerate(params):
+        for key, value in before[index].items():
+            assert torch.equal(optimizer.state[p][key], value), key
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({0: {"momentum_buffer": torch.zeros(5, 7)}}, "momentum_buffer"), (None, "groups of")],
+)
+def test_a_dict_of_another_kind_is_refused(state, message):
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    saved = torch.optim.SGD(params if state else params[:1]).state_dict()
+    with pytest.raises(ValueError, match=message):
+        maxva_kernels.load_reference_state(optimizer, {**saved, "state": state or {}})
+    assert not optimizer.state
