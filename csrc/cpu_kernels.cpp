@@ -200,7 +200,8 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
       }
       whole_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
     }
-    if (chunk.master || theta == theta_buffer.values) {
+    // lr = 0 keeps the bits; a NaN's would not survive the conversion
+    if (s.eta != T(0) && (chunk.master || theta == theta_buffer.values)) {
       BlockBuffer<T>::store(theta, chunk.theta_dtype, chunk.theta, b, n);
     }
   }

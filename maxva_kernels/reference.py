@@ -155,15 +155,15 @@ class EagerBackend:
             if vmax is not None and vmax_new is not None:
                 write(vmax, vmax_new)
         if phase != Phase.STATES:
+            step_size = lr
             if norms is not None and h["trust_ratio"] and h["weight_decay"]:
                 r = torch.where((norms[i] == 0).any(), 1.0, torch.sqrt(norms[i, 0] / norms[i, 1]))
-                lr = lr * r
-            moved = theta - lr * decay * theta - lr * update
+                step_size = lr * r
+            moved = theta - step_size * decay * theta - step_size * update
             # lr = 0 keeps the bits, whatever the update is
-            moved = torch.where(torch.as_tensor(lr == 0, device=theta.device), theta, moved)
-            write(stored, moved.to(stored.dtype))
-            if master is not None:
-                write(batch.theta[i], moved.to(batch.theta[i].dtype))
+            frozen = torch.as_tensor(lr == 0, device=theta.device)
+            for tensor in (batch.theta[i],) if master is None else (master, batch.theta[i]):
+                write(tensor, torch.where(frozen, tensor, moved.to(tensor.dtype)))
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
         return torch.stack([x.double().square().sum() for x in g]).sum().reshape(1)
