@@ -27,7 +27,7 @@ pytest.importorskip("tqdm")
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"
 SCRIPT = FOLDER / "pretrain.py"
-MODULES = ("pretrain", "corpus", "data", "model", "checkpoint", "optimizers", "report")
+MODULES = ("pretrain", "settings", "corpus", "data", "model", "checkpoint", "optimizers", "report")
 STEPS = 6
 
 
@@ -514,3 +514,20 @@ def test_maxva_optimizers_get_their_arguments(name: str) -> None:
     before = model.cls.seq_relationship.bias.detach().clone()
     step()
     assert (model.cls.seq_relationship.bias < before).all()
+
+
+def test_runs_without_a_folder_get_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def out(*argv: str) -> str:
+        return str(example.settings.parse_settings(argv)[0]["out"])
+
+    assert out() == "runs/bert-1"
+    for name in ("bert-2", "bert-10", "bert-base"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert out() == "runs/bert-11"
+    assert out("--resume") == "runs/bert-10"
+    assert out("--overwrite") == "runs/bert-10"
+    assert out("--out", "elsewhere") == "elsewhere"

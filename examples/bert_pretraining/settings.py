@@ -11,6 +11,7 @@ from errors import UserError
 from model import SHAPES
 from optimizers import OPTIMIZERS
 
+RUNS = Path("runs")
 # Change where a run goes or how often it reports, not what it computes.
 _FREE = {"out", "resume", "overwrite", "checkpoint_every", "eval_every", "device", "threads"}
 # Belong to one call, not to the run.
@@ -31,9 +32,18 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str
     explicit = {name: value for name, value in given.items() if value is not unset}
     if settings["lr"] is None:
         settings["lr"] = OPTIMIZERS[settings["optimizer"]].lr
+    if settings["out"] is None:
+        settings["out"] = _default_out(again=settings["resume"] or settings["overwrite"])
     if settings["vocab_size"] is None:
         settings["vocab_size"] = SHAPES[settings["config"]].vocab_size
     return settings, explicit
+
+
+def _default_out(again: bool) -> Path:
+    """The newest run's folder if it is used again, else the next one."""
+    numbers = [int(path.name[5:]) for path in RUNS.glob("bert-*") if path.name[5:].isdecimal()]
+    newest = max(numbers, default=0)
+    return RUNS / f"bert-{max(newest, 1) if again else newest + 1}"
 
 
 def validate(settings: dict[str, Any]) -> None:
@@ -128,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model and training")
     group.add_argument("--config", choices=SHAPES, default="tiny", help="model shape")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="madam", help="optimizer")
-    group.add_argument("--steps", type=count, default=600, help="optimizer steps")
+    group.add_argument("--steps", type=count, default=500, help="optimizer steps")
     group.add_argument("--batch-size", type=count, default=128, help="examples per step")
     group.add_argument(
         "--micro-batch-size", type=count, default=32, help="examples per forward and backward"
@@ -165,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--out", type=Path, default=Path("runs/bert_pretraining"), help="folder of the run"
+        "--out",
+        type=Path,
+        help="folder of the run; without it a new one, runs/bert-1 and so on, with --resume and "
+        "--overwrite the newest of them",
     )
     exclusive = group.add_mutually_exclusive_group()
     exclusive.add_argument(
