@@ -50,6 +50,30 @@ class Batch:
     lr: list[Tensor | None] = field(default_factory=list)
 
 
+def check_states(batch: Batch) -> None:
+    """Raises unless every state fits its parameter.
+
+    The operators check for themselves; this is for plain torch code, and for a step of several
+    batches, of which none may move before all are known to fit.
+    """
+    lists = {
+        "exp_avg": batch.m,
+        "maxva_avg": batch.u,
+        "exp_avg_sq": batch.v,
+        "maxva_weight": batch.w,
+        "max_exp_avg_sq": batch.vmax,
+        "master_param": batch.master,
+    }
+    for name, tensors in lists.items():
+        for theta, tensor in zip(batch.theta, tensors, strict=False):
+            dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+            if (tensor.shape, tensor.dtype, tensor.device) != (theta.shape, dtype, theta.device):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
+                    f"its parameter needs {tuple(theta.shape)}, {dtype} on {theta.device}"
+                )
+
+
 class Backend(Protocol):
     """What a backend computes. Nothing here may wait for the device."""
 

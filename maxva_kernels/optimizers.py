@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from maxva_kernels.backends import check_name, find_backend
-from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase
+from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
 from maxva_kernels.hyper import SHARED, check_lr, hyper_row
 from maxva_kernels.state import Shield, describe, new_master, new_state, placed, shielded
 
@@ -272,6 +272,9 @@ class MaxVA(Optimizer):
             batches = self._collect(rows, created)
             if created and self._observes_nothing(batches, created):
                 return
+            if len(batches) > 1:
+                for batch in batches:
+                    check_states(batch)
             controls = self._write_controls(batches)
             self._update(batches, controls)
         except Exception:

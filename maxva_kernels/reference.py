@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maxva_kernels.batch import CLIP_FACTOR, GRAD_NORM, SKIP, Batch, Phase
+from maxva_kernels.batch import CLIP_FACTOR, GRAD_NORM, SKIP, Batch, Phase, check_states
 from maxva_kernels.hyper import ROW
 
 
@@ -78,6 +78,7 @@ class EagerBackend:
         grad_scale: Tensor | None,
         norms: Tensor | None,
     ) -> None:
+        check_states(batch)
         keep = None
         if control is not None:
             keep = control[SKIP] != 0

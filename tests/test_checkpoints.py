@@ -347,3 +347,21 @@ def test_a_dict_of_another_kind_is_refused(state, message):
     with pytest.raises(ValueError, match=message):
         maxva_kernels.load_reference_state(optimizer, {**saved, "state": state or {}})
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("kind", ["shape", "dtype"])
+def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(kind, backend):
+    """Also where it belongs to the second of two batches, which amsgrad separates."""
+    params = make_params()[:2]
+    groups = [{"params": params[:1]}, {"params": params[1:], "amsgrad": True}]
+    optimizer = FusedMAdam(groups, backend=backend)
+    train(params, optimizer, 0, 2)
+    state = optimizer.state[params[1]]
+    state["exp_avg_sq"] = torch.ones(5) if kind == "shape" else torch.ones(3).half()
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    with pytest.raises((ValueError, TypeError), match="exp_avg_sq"):
+        train(params, optimizer, 2, 3)
+    assert all(torch.equal(p, q) for p, q in zip(params, before[0], strict=True))
+    for index, p in enumerate(params):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, before[1][index][key]), key
