@@ -1,0 +1,512 @@
+// Walks the GPU's per-thread code over every block and thread index on the CPU and compares with
+// the CPU kernels bit for bit. Built with the address and alignment sanitizers, so that an access
+// beyond a list or a wide access to a misaligned one ends the program.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gpu_plan.h"
+
+namespace {
+
+using namespace maxva;
+using gpu::LearningRate;
+using gpu::TensorEntry;
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      if (++failures > 20) std::exit(1);                                   \
+    }                                                                      \
+  } while (false)
+
+// `n` elements in an allocation that ends with the last one and starts `shift` elements earlier.
+class List {
+ public:
+  List(DType dtype, int64_t n, int shift)
+      : dtype_(dtype), n_(n), shift_(shift), memory_((n + shift) * gpu::size_of(dtype)) {}
+
+  DType dtype() const { return dtype_; }
+  int64_t size() const { return n_; }
+  char* data() { return n_ ? memory_.data() + shift_ * gpu::size_of(dtype_) : nullptr; }
+
+  void set(int64_t i, double x) {
+    char* at = data() + i * gpu::size_of(dtype_);
+    switch (dtype_) {
+      case DType::kFloat64: std::memcpy(at, &x, 8); break;
+      case DType::kFloat32: put(at, static_cast<float>(x)); break;
+      case DType::kBFloat16: put_low<BFloat16>(at, x); break;
+      case DType::kFloat16: put_low<Float16>(at, x); break;
+    }
+  }
+
+  double get(int64_t i) {
+    char* at = data() + i * gpu::size_of(dtype_);
+    switch (dtype_) {
+      case DType::kFloat64: return taken<double>(at);
+      case DType::kBFloat16: return to_compute(taken<BFloat16>(at));
+      case DType::kFloat16: return to_compute(taken<Float16>(at));
+      default: return taken<float>(at);
+    }
+  }
+
+  // The same bits, or both not a number.
+  bool same(List& other, int64_t i) {
+    const int size = gpu::size_of(dtype_);
+    return std::memcmp(data() + i * size, other.data() + i * size, size) == 0 ||
+           (std::isnan(get(i)) && std::isnan(other.get(i)));
+  }
+
+  bool same_before_first(const List& other) const {
+    return std::equal(memory_.begin(), memory_.begin() + shift_ * gpu::size_of(dtype_),
+                      other.memory_.begin());
+  }
+
+ private:
+  template <typename S>
+  static S taken(const char* at) {
+    S x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+  }
+  static void put(char* at, float x) { std::memcpy(at, &x, 4); }
+  template <typename S>
+  static void put_low(char* at, double x) {
+    S low;
+    from_compute(static_cast<float>(x), low);
+    std::memcpy(at, &low, sizeof low);
+  }
+
+  DType dtype_;
+  int64_t n_;
+  int shift_;
+  std::vector<char> memory_;
+};
+
+struct Case {
+  std::string name;
+  std::vector<int64_t> numels;
+  std::vector<DType> theta_dtypes{DType::kFloat32};  // of tensor i: entry i modulo the size
+  std::vector<DType> g_dtypes{DType::kFloat32};
+  bool master = false, amsgrad = false, unscale = false, skip = false, first_step = false;
+  bool nonfinite = false, lr_on_device = false;
+  int misalignment = 0;  // 0: none; 1: gradients; 2: every list differently
+  int64_t num_groups = 1;
+  Algorithm algorithm = Algorithm::kMAdam;
+  bool trust_ratio = false;
+  std::vector<double Hyper::*> switches = {};
+};
+
+struct Tensors {
+  std::vector<List> theta, g, master, m, u, v, w, vmax;
+  std::vector<float> step;
+
+  std::vector<std::vector<List>*> all() { return {&theta, &g, &master, &m, &u, &v, &w, &vmax}; }
+};
+
+DType theta_dtype(const Case& c, size_t i) { return c.theta_dtypes[i % c.theta_dtypes.size()]; }
+
+bool has_master(const Case& c, size_t i) {
+  return c.master && gpu::size_of(theta_dtype(c, i)) == 2;
+}
+
+Tensors make_tensors(const Case& c) {
+  std::mt19937 random(7);
+  std::normal_distribution<double> normal;
+  std::uniform_real_distribution<double> uniform(0.01, 0.9);
+  Tensors t;
+  for (size_t i = 0; i < c.numels.size(); ++i) {
+    const int64_t n = c.numels[i];
+    const DType dtype = theta_dtype(c, i), g_dtype = c.g_dtypes[i % c.g_dtypes.size()];
+    const DType state = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const auto shift = [&](int list) {
+      return c.misalignment == 0 ? 0 : c.misalignment == 1 ? 0 : int((list + i) % 5);
+    };
+    t.theta.emplace_back(dtype, n, shift(0));
+    t.g.emplace_back(g_dtype, n, c.misalignment ? 1 + int(i % 3) : 0);
+    t.m.emplace_back(state, n, shift(1));
+    t.u.emplace_back(state, n, shift(2));
+    t.v.emplace_back(state, n, shift(3));
+    t.w.emplace_back(state, n, shift(4));
+    t.vmax.emplace_back(state, c.amsgrad ? n : 0, shift(6));
+    t.master.emplace_back(DType::kFloat32, has_master(c, i) ? n : 0, shift(7));
+    t.step.push_back(c.first_step ? 0.f : float(1 + i % 1000));
+    for (int64_t k = 0; k < n; ++k) {
+      const double theta = normal(random), w = c.first_step ? 0 : uniform(random);
+      t.theta[i].set(k, theta);
+      t.g[i].set(k, normal(random) * (k % 7 ? 1 : 1e-3));
+      if (c.nonfinite && k % 11 == 3) t.g[i].set(k, k % 2 ? INFINITY : NAN);
+      if (has_master(c, i)) t.master[i].set(k, theta * (1 + 1e-4));
+      t.w[i].set(k, w);
+      t.m[i].set(k, c.first_step ? 0 : 0.3 * normal(random));
+      const double mean = 0.2 * normal(random);
+      t.u[i].set(k, w * mean);
+      t.v[i].set(k, w * (mean * mean + uniform(random)));
+      if (c.amsgrad) t.vmax[i].set(k, c.first_step ? 0 : uniform(random));
+    }
+  }
+  return t;
+}
+
+std::vector<Hyper> make_hyper(const Case& c) {
+  std::vector<Hyper> rows;
+  for (int64_t k = 0; k < c.num_groups; ++k) {
+    Hyper h{};
+    h.lr = 1e-2 / double(1 + k % 5);
+    h.alpha = 0.9, h.beta_low = 0.5, h.beta_high = 0.999, h.beta_init = 0.999;
+    h.eps = 1e-8, h.delta = 1e-16;
+    h.weight_decay = k % 2 ? 0 : 0.01;
+    h.bias_correction = h.adam_w_mode = 1;
+    h.trust_ratio = c.trust_ratio;
+    for (double Hyper::* flag : c.switches) h.*flag = 1 - h.*flag;
+    rows.push_back(h);
+  }
+  return rows;
+}
+
+int64_t group_of(const Case& c, size_t i) {
+  return static_cast<int64_t>(i) * c.num_groups / static_cast<int64_t>(c.numels.size());
+}
+
+struct Run {
+  const Case& c;
+  Tensors& t;
+  std::vector<Hyper> hyper;
+  double control[kControlFields];
+  double grad_scale = 128;
+};
+
+template <typename T>
+void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, Phase phase,
+               SumsOfSquares& sums) {
+  gpu::BlockState<T> state;
+  gpu::prepare_block(launch, block, phase, state);
+  const auto with_phase = [&]<Algorithm kAlgorithm, bool kAmsgrad>() {
+    for (int thread = 0; thread < gpu::kThreads; ++thread) {
+      const SumsOfSquares own =
+          phase == Phase::kWhole
+              ? gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kWhole>(state, thread)
+          : phase == Phase::kStates
+              ? gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kStates>(state, thread)
+              : gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kParameters>(state, thread);
+      sums.theta += own.theta, sums.update += own.update;
+    }
+  };
+  constexpr auto madam = Algorithm::kMAdam, lamadam = Algorithm::kLaMAdam;
+  if (run.c.algorithm == madam) {
+    run.c.amsgrad ? with_phase.template operator()<madam, true>()
+                  : with_phase.template operator()<madam, false>();
+  } else {
+    run.c.amsgrad ? with_phase.template operator()<lamadam, true>()
+                  : with_phase.template operator()<lamadam, false>();
+  }
+}
+
+void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
+  Tensors& t = run.t;
+  std::vector<TensorEntry> entries;
+  for (size_t i = 0; i < t.theta.size(); ++i) {
+    entries.push_back({t.theta[i].data(), t.master[i].data(), t.m[i].data(), t.u[i].data(),
+                       t.v[i].data(), t.w[i].data(), t.vmax[i].data(), &t.step[i],
+                       t.theta[i].size(), 0, int64_t(t.theta[i].dtype()), group_of(run.c, i),
+                       int64_t(i)});
+  }
+  const gpu::UpdatePlan plan(entries, run.hyper, {});
+  gpu::Image image = plan.key();
+  image.append(plan.blocks());
+  // operator new aligns as device memory would be; vector<char> copies into it
+  const auto tables = plan.locate(image.bytes().data());
+  std::vector<double> learning_rates;
+  for (const Hyper& h : run.hyper) learning_rates.push_back(h.lr);
+
+  auto launch = std::make_unique<gpu::UpdateLaunch>();
+  launch->control = run.control;
+  launch->grad_scale =
+      gpu::typed_address(run.c.unscale ? &run.grad_scale : nullptr, DType::kFloat64);
+  launch->norms = &norms[0].theta;
+  int64_t blocks_seen = 0, tensors_seen = 0;
+  std::vector<SumsOfSquares> of_tensor(norms.size());
+  for (const gpu::LaunchRange& range : plan.launches()) {
+    CHECK(range.first_tensor == tensors_seen && range.first_block == blocks_seen,
+          "launches are not consecutive");
+    tensors_seen = range.end_tensor, blocks_seen = range.end_block;
+    plan.fill(
+        *launch, range, tables,
+        [&](int64_t i) { return gpu::typed_address(t.g[i].data(), t.g[i].dtype()); },
+        [&](int64_t k) {
+          const double* on_device = run.c.lr_on_device ? &learning_rates[k] : nullptr;
+          return LearningRate{on_device ? NAN : learning_rates[k],
+                              gpu::typed_address(on_device, DType::kFloat64)};
+        });
+    for (int64_t b = 0; b < range.end_block - range.first_block; ++b) {
+      SumsOfSquares sums{0, 0};
+      if (range.float64) {
+        run_block<double>(run, *launch, b, phase, sums);
+      } else {
+        run_block<float>(run, *launch, b, phase, sums);
+      }
+      SumsOfSquares& total = of_tensor[tables.tensors[launch->blocks[b].tensor].index];
+      total.theta += sums.theta, total.update += sums.update;
+    }
+  }
+  CHECK(tensors_seen == int64_t(entries.size()) && blocks_seen == plan.num_blocks(),
+        "launches do not cover the plan");
+  if (phase == Phase::kStates) norms = of_tensor;
+}
+
+void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
+  if (run.control[kSkip] != 0) return;
+  const CpuKernels& kernels = cpu_kernels_for("");
+  Tensors& t = run.t;
+  for (size_t i = 0; i < t.theta.size(); ++i) {
+    const ChunkView view{
+        t.theta[i].data(), t.theta[i].dtype(), t.master[i].data(),
+        t.g[i].data(),     t.g[i].dtype(),     run.c.unscale ? &run.grad_scale : nullptr,
+        t.m[i].data(),     t.u[i].data(),      t.v[i].data(),
+        t.w[i].data(),     t.vmax[i].data(),   t.theta[i].size()};
+    const Hyper& h = run.hyper[group_of(run.c, i)];
+    const double trust =
+        phase == Phase::kParameters ? trust_ratio(h, norms[i].theta, norms[i].update) : 1.0;
+    const double step = t.step[i] + 1.0, clip = run.control[kClipFactor];
+    const auto algorithm = static_cast<size_t>(run.c.algorithm);
+    const SumsOfSquares sums =
+        t.theta[i].dtype() == DType::kFloat64
+            ? kernels.update_double[algorithm][run.c.amsgrad](
+                  view, make_scalars<double>(h, h.lr, step, clip, trust), phase)
+            : kernels.update_float[algorithm][run.c.amsgrad](
+                  view, make_scalars<float>(h, h.lr, step, clip, trust), phase);
+    if (phase == Phase::kStates) norms[i] = sums;
+  }
+}
+
+bool close(double a, double b) {
+  return std::abs(a - b) <= 1e-12 * std::abs(b) || (std::isnan(a) && std::isnan(b));
+}
+
+void test_update(const Case& c) {
+  Tensors by_gpu = make_tensors(c), by_cpu = make_tensors(c), before = make_tensors(c);
+  const double skip = c.skip ? 1 : 0;
+  Run gpu_run{c, by_gpu, make_hyper(c), {skip, 0.75, 0}};
+  Run cpu_run{c, by_cpu, make_hyper(c), {skip, 0.75, 0}};
+  std::vector<SumsOfSquares> norms(c.numels.size() + 1), expected(c.numels.size() + 1);
+  if (c.trust_ratio) {
+    run_gpu(gpu_run, Phase::kStates, norms);
+    run_cpu(cpu_run, Phase::kStates, expected);
+    for (size_t i = 0; i < norms.size(); ++i) {
+      CHECK(close(norms[i].theta, expected[i].theta), "%s: norm of theta %zu", c.name.c_str(), i);
+      CHECK(close(norms[i].update, expected[i].update), "%s: norm of update %zu", c.name.c_str(),
+            i);
+    }
+    norms = expected;
+  }
+  const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
+  run_gpu(gpu_run, phase, norms);
+  run_cpu(cpu_run, phase, expected);
+
+  static const char* const kNames[] = {"theta", "g", "master", "m", "u", "v", "w", "vmax"};
+  bool moved = false;
+  const auto lists = by_gpu.all(), expected_lists = by_cpu.all(), before_lists = before.all();
+  for (size_t l = 0; l < lists.size(); ++l) {
+    for (size_t i = 0; i < c.numels.size(); ++i) {
+      List &found = (*lists[l])[i], &wanted = (*expected_lists[l])[i];
+      CHECK(found.same_before_first(wanted), "%s: %s %zu: written before its start", c.name.c_str(),
+            kNames[l], i);
+      for (int64_t k = 0; k < found.size(); ++k) {
+        CHECK(found.same(wanted, k), "%s: %s %zu [%ld]: %.17g, not %.17g", c.name.c_str(),
+              kNames[l], i, long(k), found.get(k), wanted.get(k));
+        moved = moved || !found.same((*before_lists[l])[i], k);
+      }
+    }
+  }
+  CHECK(moved != c.skip, "%s: moved is %d", c.name.c_str(), moved);
+}
+
+double norm_of(std::vector<List>& lists) {
+  std::vector<int64_t> numels;
+  for (const List& list : lists) numels.push_back(list.size());
+  const ChunkPlan chunks(numels, gpu::kNormChunk);
+  const std::vector<gpu::BlockEntry> blocks = gpu::block_map(chunks);
+  auto launch = std::make_unique<gpu::NormLaunch>();
+  launch->numels = numels.data();
+  double sum = 0;
+  for (size_t first = 0; first < lists.size(); first += gpu::kMaxTensors) {
+    const size_t end = std::min(lists.size(), first + gpu::kMaxTensors);
+    launch->first_tensor = int64_t(first);
+    launch->blocks = blocks.data() + chunks.first_chunk(first);
+    for (size_t i = first; i < end; ++i) {
+      launch->g[i - first] = gpu::typed_address(lists[i].data(), lists[i].dtype());
+    }
+    for (int64_t b = 0; b < chunks.first_chunk(end) - chunks.first_chunk(first); ++b) {
+      for (int thread = 0; thread < gpu::kThreads; ++thread) {
+        sum += gpu::norm_thread(*launch, b, thread);
+      }
+    }
+  }
+  return sum;
+}
+
+void test_norm(const std::vector<int64_t>& numels, const std::vector<DType>& dtypes) {
+  std::mt19937 random(11);
+  std::normal_distribution<double> normal;
+  std::vector<List> lists;
+  long double expected = 0;
+  for (size_t i = 0; i < numels.size(); ++i) {
+    lists.emplace_back(dtypes[i % dtypes.size()], numels[i], int(i % 4));
+    for (int64_t k = 0; k < numels[i]; ++k) {
+      lists[i].set(k, normal(random));
+      expected += static_cast<long double>(lists[i].get(k)) * lists[i].get(k);
+    }
+  }
+  CHECK(close(norm_of(lists), double(expected)), "norm %.17g, not %.17g", norm_of(lists),
+        double(expected));
+  for (size_t i = 0; i < numels.size(); i += 1 + numels.size() / 5) {
+    if (numels[i] == 0) continue;
+    for (const double bad : {double(INFINITY), double(NAN)}) {
+      const double kept = lists[i].get(numels[i] - 1);
+      lists[i].set(numels[i] - 1, bad);
+      const double norm = norm_of(lists);
+      CHECK(std::isnan(bad) ? std::isnan(norm) : std::isinf(norm), "norm %g hides %g", norm, bad);
+      lists[i].set(numels[i] - 1, kept);
+    }
+  }
+}
+
+std::vector<int64_t> many(int64_t n) {
+  std::vector<int64_t> numels;
+  for (int64_t i = 0; i < n; ++i) numels.push_back(i % 4);
+  return numels;
+}
+
+void test_launches() {
+  const auto launches = [](int64_t tensors, int64_t groups) {
+    std::vector<TensorEntry> entries(tensors);
+    for (int64_t i = 0; i < tensors; ++i) {
+      entries[i].numel = 1000;
+      entries[i].group = i * groups / tensors;
+    }
+    return gpu::UpdatePlan(entries, std::vector<Hyper>(groups), {}).launches().size();
+  };
+  CHECK(launches(398, 2) == 1, "BERT-Large");
+  CHECK(launches(398, 398) == 1, "BERT-Large, one group per parameter");
+  CHECK(launches(gpu::kMaxTensors, 1) == 1 && launches(gpu::kMaxTensors + 1, 1) == 2, "tensors");
+  CHECK(launches(gpu::kMaxGroups, gpu::kMaxGroups) == 1, "groups");
+  CHECK(launches(gpu::kMaxGroups + 1, gpu::kMaxGroups + 1) == 2, "groups");
+  CHECK(launches(20000, 2) == 7, "20,000 tensors");
+}
+
+}  // namespace
+
+int main() {
+  if (std::string(cpu_kernels_for("").isa) == "baseline") {
+    std::printf("skipped: this processor has no fused multiply-add kernels to compare with\n");
+    return 0;
+  }
+  constexpr auto f32 = DType::kFloat32, f64 = DType::kFloat64, bf16 = DType::kBFloat16,
+                 f16 = DType::kFloat16;
+  constexpr auto lamadam = Algorithm::kLaMAdam;
+  constexpr int64_t chunk = gpu::kUpdateChunk;
+  const std::vector<int64_t> tails{1, 2, 3, 4, 5, 7, 1023, 1024, 1025, 4099};
+  const std::vector<int64_t> edges{chunk - 1, chunk, chunk + 1, 2 * chunk + 3, 3 * chunk};
+  const std::vector<int64_t> empties{0, 5, 0, 0, chunk + 2, 0, 3, 0};
+  const std::vector<DType> all{f32, bf16, f16, f64};
+  const std::vector<Case> cases{
+      {.name = "tails", .numels = tails},
+      {.name = "tails, lamadam", .numels = tails, .algorithm = lamadam},
+      {.name = "edges", .numels = edges},
+      {.name = "empties", .numels = empties},
+      {.name = "empty only", .numels = {0, 0}, .skip = true},
+      {.name = "first step", .numels = tails, .first_step = true},
+      {.name = "misaligned g", .numels = edges, .misalignment = 1},
+      {.name = "misaligned", .numels = tails, .misalignment = 2, .algorithm = lamadam},
+      {.name = "misaligned edges", .numels = edges, .amsgrad = true, .misalignment = 2},
+      {.name = "amsgrad", .numels = tails, .amsgrad = true},
+      {.name = "amsgrad, lamadam", .numels = tails, .amsgrad = true, .algorithm = lamadam},
+      {.name = "lr on device", .numels = tails, .lr_on_device = true, .num_groups = 3},
+      {.name = "unscaled", .numels = tails, .unscale = true, .misalignment = 1},
+      {.name = "skip", .numels = tails, .unscale = true, .skip = true},
+      {.name = "not finite", .numels = tails, .nonfinite = true},
+      {.name = "not finite, lamadam", .numels = tails, .nonfinite = true, .algorithm = lamadam},
+      {.name = "bf16", .numels = tails, .theta_dtypes = {bf16}, .g_dtypes = {bf16}},
+      {.name = "f16", .numels = tails, .theta_dtypes = {f16}, .g_dtypes = {f16}, .unscale = true},
+      {.name = "f64", .numels = edges, .theta_dtypes = {f64}, .g_dtypes = {f64}, .unscale = true},
+      {.name = "f64 misaligned",
+       .numels = tails,
+       .theta_dtypes = {f64},
+       .g_dtypes = {f64, f32},
+       .amsgrad = true,
+       .misalignment = 2,
+       .algorithm = lamadam},
+      {.name = "master",
+       .numels = edges,
+       .theta_dtypes = {bf16, f16},
+       .g_dtypes = {bf16},
+       .master = true},
+      {.name = "master misaligned",
+       .numels = tails,
+       .theta_dtypes = {bf16, f16},
+       .g_dtypes = {f32, f16},
+       .master = true,
+       .unscale = true,
+       .misalignment = 2,
+       .algorithm = lamadam},
+      {.name = "all types",
+       .numels = {9, 8, 1000, 3, 0, 65, 66, 67, 68, 1, 2, 3, 5, 1030, 77, 4},
+       .theta_dtypes = all,
+       .g_dtypes = {f32, bf16, f64, f16, bf16},
+       .unscale = true,
+       .misalignment = 2,
+       .num_groups = 4},
+      {.name = "more than a launch", .numels = many(2 * gpu::kMaxTensors + 5)},
+      {.name = "groups over launches",
+       .numels = many(3 * gpu::kMaxGroups),
+       .theta_dtypes = all,
+       .num_groups = gpu::kMaxGroups + 77},
+      {.name = "trust ratio",
+       .numels = edges,
+       .unscale = true,
+       .num_groups = 2,
+       .trust_ratio = true},
+      {.name = "trust ratio, lamadam",
+       .numels = tails,
+       .theta_dtypes = all,
+       .amsgrad = true,
+       .misalignment = 2,
+       .num_groups = 2,
+       .algorithm = lamadam,
+       .trust_ratio = true},
+      {.name = "trust ratio, master",
+       .numels = empties,
+       .theta_dtypes = {bf16},
+       .g_dtypes = {bf16},
+       .master = true,
+       .trust_ratio = true},
+      {.name = "trust ratio, skip", .numels = tails, .skip = true, .trust_ratio = true},
+      {.name = "L2, nesterov, maximize, eps inside",
+       .numels = tails,
+       .switches = {&Hyper::adam_w_mode, &Hyper::nesterov, &Hyper::maximize,
+                    &Hyper::eps_inside_sqrt, &Hyper::bias_correction}},
+      {.name = "the same, lamadam",
+       .numels = tails,
+       .algorithm = lamadam,
+       .switches = {&Hyper::adam_w_mode, &Hyper::nesterov, &Hyper::maximize,
+                    &Hyper::eps_inside_sqrt, &Hyper::bias_correction}},
+  };
+  for (const Case& c : cases) test_update(c);
+  constexpr int64_t norm_chunk = gpu::kNormChunk;
+  test_norm({1, 2, 3, 4, 5, 1023, 1025, 16384, 16387}, {f32});
+  test_norm({norm_chunk - 1, 0, norm_chunk, norm_chunk + 1, 2 * norm_chunk + 3, 0}, all);
+  test_norm(many(gpu::kMaxTensors + 100), all);
+  test_launches();
+  std::printf("%zu cases, %d failures\n", cases.size(), failures);
+  return failures != 0;
+}
