@@ -1,32 +1,104 @@
-"""Builds the C++ (and, where there is a CUDA toolkit, CUDA) extension of maxva-kernels."""
+"""Builds the C++ (and, where there is a CUDA toolkit, CUDA) extension of maxva-kernels.
+
+MAXVA_BUILD_CUDA    1: with CUDA, or fail; 0: without; unset: with CUDA where it is possible
+MAXVA_CUDA_ARCHS    GPU architectures, such as "90" or "80;90;100;120+PTX" (the default)
+MAXVA_NO_EXTENSION  1: no extension at all, Python only
+"""
 
 import glob
 import os
 import platform
+import sys
 
 from setuptools import setup
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
+from cuda_toolkit import find_cuda_home, nvcc_version, torch_arch_list
+
 CPU_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+# no contraction: the source alone says what is fused, so that the CUDA and CPU kernels agree
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
+DEFAULT_ARCHS = "80;90;100;120+PTX"
+
+
+def why_no_cuda(torch, cuda_home):
+    """Why a CUDA build is not possible here, with what to do; None where it is."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch "
+            f"(https://pytorch.org/get-started) and build with pip install --no-build-isolation"
+        )
+    if cuda_home is None:
+        return (
+            "no CUDA toolkit is found (bin/nvcc and include/cuda_runtime.h); install CUDA "
+            f"{torch.version.cuda} or set CUDA_HOME to its root"
+        )
+    version = nvcc_version(cuda_home)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"the toolkit in {cuda_home} is CUDA {version}, torch {torch.__version__} is built "
+            f"with CUDA {torch.version.cuda}; set CUDA_HOME to a toolkit of the same major version"
+        )
+    return None
+
+
+def wants_cuda(torch, cuda_home):
+    asked = os.environ.get("MAXVA_BUILD_CUDA", "")
+    if asked not in ("", "0", "1"):
+        sys.exit(f"MAXVA_BUILD_CUDA must be 0, 1 or unset, is {asked!r}")
+    reason = "MAXVA_BUILD_CUDA=0" if asked == "0" else why_no_cuda(torch, cuda_home)
+    if asked == "1" and reason:
+        sys.exit(f"maxva-kernels: MAXVA_BUILD_CUDA=1, but {reason}")
+    if reason:
+        print(f"maxva-kernels: building for the CPU only: {reason}")
+    return reason is None
 
 
 def extensions():
     if os.environ.get("MAXVA_NO_EXTENSION") == "1":
         return {}
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    cuda_home = find_cuda_home()
+    with_cuda = wants_cuda(torch, cuda_home)
+    if with_cuda:
+        # torch's build code reads both at import
+        os.environ["CUDA_HOME"] = str(cuda_home)
+        if archs := os.environ.get("MAXVA_CUDA_ARCHS"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = torch_arch_list(archs)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", torch_arch_list(DEFAULT_ARCHS))
+        print(
+            f"maxva-kernels: building with CUDA {nvcc_version(cuda_home)} from {cuda_home} for "
+            f"{os.environ['TORCH_CUDA_ARCH_LIST']}"
+        )
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     with open("maxva_kernels/_build_info.py", "w") as info:
+        info.write('"""What the extension was built with; written by setup.py."""\n\n')
         info.write(f"TORCH_VERSION = {torch.__version__!r}\n")
+        info.write(f"CUDA_VERSION = {torch.version.cuda if with_cuda else None!r}\n")
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else None
+        info.write(f"CUDA_ARCHS = {archs!r}\n")
 
     # at::parallel_for is a header template over OpenMP; macOS torch uses its own threads instead
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    simd = ["-fopenmp-simd"]
-    extension = CppExtension(
-        "maxva_kernels._C",
-        sorted(glob.glob("csrc/*.cpp")),
-        extra_compile_args={"cxx": CPU_FLAGS + simd + openmp},
-        extra_link_args=openmp,
-    )
+    cxx = [*CPU_FLAGS, "-fopenmp-simd", *openmp]
+    sources = sorted(glob.glob("csrc/*.cpp"))
+    if with_cuda:
+        extension = CUDAExtension(
+            "maxva_kernels._C",
+            sources + sorted(glob.glob("csrc/*.cu")),
+            define_macros=[("MAXVA_WITH_CUDA", None)],
+            extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
+            extra_link_args=openmp,
+        )
+    else:
+        extension = CppExtension(
+            "maxva_kernels._C",
+            sources,
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=openmp,
+        )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

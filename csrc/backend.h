@@ -15,7 +15,7 @@ namespace maxva {
 struct TensorLists {
   std::vector<at::Tensor> theta, g, m, u, v, w, vmax, master;
   std::vector<at::Tensor> step;        // 0-dim float32: updates so far
-  std::vector<at::Tensor> group_step;  // int32 [1] per group; empty where the host counts
+  std::vector<at::Tensor> group_step;  // int32 [1]: counters of groups, each counted up by one
 };
 
 struct UpdateArgs {

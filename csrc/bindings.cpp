@@ -146,8 +146,9 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   TORCH_CHECK_VALUE(hyper.size() == groups * kHyperFields && lr.size() == groups, "maxva: ", groups,
                     " groups need ", groups * kHyperFields, " hyper-parameters and ", groups,
                     " learning rates, got ", hyper.size(), " and ", lr.size());
-  TORCH_CHECK_VALUE(group_step.empty() || group_step.size() == groups, "maxva: ", groups,
-                    " groups, but ", group_step.size(), " group steps");
+  for (const Tensor& counter : group_step) {
+    check_one_element(counter, "group_step", at::kInt, device);
+  }
   for (const auto k : c10::irange(groups)) {
     TORCH_CHECK_VALUE(group_sizes[k] >= 0, "maxva: group_sizes[", k, "] is negative");
     args.group_of.insert(args.group_of.end(), group_sizes[k], k);

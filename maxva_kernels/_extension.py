@@ -15,14 +15,33 @@ def why_not() -> str | None:
     return _reason
 
 
-def _version_prefix(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
+def _prefix(version: str, parts: int) -> str:
+    return ".".join(version.split("+")[0].split(".")[:parts])
+
+
+def _wrong_torch(built_for: str, built_with_cuda: str | None) -> str | None:
+    """How this torch differs from the one the extension was built for; None where it fits."""
+    if _prefix(built_for, 2) != _prefix(torch.__version__, 2):
+        return f"the extension was built for torch {built_for}, this is torch {torch.__version__}"
+    if built_with_cuda is None:
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"the extension was built with CUDA {built_with_cuda}, this torch "
+            f"({torch.__version__}) has no CUDA"
+        )
+    if _prefix(built_with_cuda, 1) != _prefix(torch.version.cuda, 1):
+        return (
+            f"the extension was built with CUDA {built_with_cuda}, this torch "
+            f"({torch.__version__}) with CUDA {torch.version.cuda}"
+        )
+    return None
 
 
 def _load() -> None:
     global WITH_CUDA, _reason
     try:
-        from maxva_kernels._build_info import TORCH_VERSION
+        from maxva_kernels import _build_info
     except ImportError:
         _reason = (
             "this installation has no compiled extension; reinstall with a C++ compiler: "
@@ -30,11 +49,10 @@ def _load() -> None:
         )
         return
     # checked before loading: an extension of another torch fails with an undefined symbol
-    if _version_prefix(TORCH_VERSION) != _version_prefix(torch.__version__):
+    if wrong := _wrong_torch(_build_info.TORCH_VERSION, _build_info.CUDA_VERSION):
         _reason = (
-            f"the extension was built for torch {TORCH_VERSION}, this is torch "
-            f"{torch.__version__}; reinstall it: pip install --no-build-isolation "
-            f"--force-reinstall --no-deps maxva-kernels"
+            f"{wrong}; build it anew: pip install --no-build-isolation --force-reinstall "
+            f"--no-deps maxva-kernels"
         )
         return
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,7 +74,11 @@ def _no_cuda() -> str | None:
     if reason := _extension.why_not():
         return reason
     if not _extension.WITH_CUDA:
-        return "the extension was built without CUDA; rebuild it with MAXVA_BUILD_CUDA=1"
+        return (
+            "the extension was built without CUDA; with the CUDA toolkit and a CUDA build of "
+            "torch installed, build it anew: MAXVA_BUILD_CUDA=1 pip install --no-build-isolation "
+            "--force-reinstall --no-deps maxva-kernels"
+        )
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
@@ -110,6 +115,16 @@ def _made(name: str) -> Backend:
     return BACKENDS[name].make()
 
 
+@functools.cache  # once per process
+def _warn_without_cuda(instead: str, reason: str) -> None:
+    warnings.warn(
+        f"parameters on a GPU are updated by the {instead!r} backend, because the CUDA kernels "
+        f"are not available: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def find_backend(name: str, device_type: str) -> Backend:
     """The backend called `name` for parameters on a device; "auto" takes the best that is there.
 
@@ -126,6 +141,8 @@ def find_backend(name: str, device_type: str) -> Backend:
             for candidate, info in BACKENDS.items()
             if _serves(candidate, device_type) and info.why_not() is None
         )
+        if device_type == "cuda" and (reason := BACKENDS["cuda"].why_not()):
+            _warn_without_cuda(name, reason)
     elif not _serves(name, device_type):
         raise ValueError(
             f"backend {name!r} does not serve parameters on {device_type!r}; "

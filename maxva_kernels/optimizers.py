@@ -276,7 +276,7 @@ class MaxVA(Optimizer):
                 for batch in batches:
                     check_states(batch)
             controls = self._write_controls(batches)
-            self._update(batches, controls)
+            counted = self._update(batches, controls)
         except Exception:
             for p, new in created:
                 for key in new:
@@ -284,7 +284,7 @@ class MaxVA(Optimizer):
                 if not self.state[p]:
                     del self.state[p]
             raise
-        self._count_on_host(controls)
+        self._count_groups(controls, counted)
 
     def _check(self) -> list[tuple[float, ...]]:
         """Checks groups and gradients, changes nothing; returns the groups' rows."""
@@ -315,6 +315,8 @@ class MaxVA(Optimizer):
         for row, group in zip(rows, self.param_groups, strict=True):
             amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
             batch, kind = Batch(torch.device("meta")), None
+            if group["params"]:
+                self._place_group_step(group, group["params"][0].device)
             for p in group["params"]:
                 g = p.grad
                 if g is None:
@@ -332,6 +334,11 @@ class MaxVA(Optimizer):
                     or (has_master and "master_param" not in state)
                     or (amsgrad and "max_exp_avg_sq" not in state)
                 ):
+                    if _is_capturing(p.device):
+                        raise RuntimeError(
+                            "a parameter has no state yet while a CUDA graph is being captured; "
+                            "every replay would reset it. Run a step before the capture"
+                        )
                     new = new_state(p, state, amsgrad, has_master)
                     created.append((p, new))
                     state.update(new)
@@ -352,15 +359,19 @@ class MaxVA(Optimizer):
     def _begin_group(self, batch: Batch, group: dict[str, Any], row: tuple[float, ...]) -> None:
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != batch.device:
+            if lr.device.type == "cpu" and _is_capturing(batch.device):
+                raise RuntimeError(
+                    "lr is a CPU tensor while a CUDA graph is being captured; every replay would "
+                    f"use its value of now. Move it: group['lr'] = lr.to({str(batch.device)!r})"
+                )
             # a CPU lr beside device parameters is known on the host
             lr = float(lr) if lr.device.type == "cpu" else lr.to(batch.device)
         host_lr = not isinstance(lr, Tensor)
         batch.hyper.extend((lr if host_lr else math.nan, *row))
         batch.lr.append(None if host_lr else lr)
         batch.group_sizes.append(0)
-        self._place_group_step(group, batch.device)
         step = group["step"]
-        if isinstance(step, Tensor) and not any(step is other for other in batch.group_step):
+        if isinstance(step, Tensor) and step.device == batch.device:
             batch.group_step.append(step)
 
     def _observes_nothing(
@@ -378,7 +389,12 @@ class MaxVA(Optimizer):
         fresh = sum("maxva_weight" in new for _, new in created)
         if fresh < sum("maxva_weight" in state for state in self.state.values()):
             return False
-        return not any(g.any() for batch in batches for g in batch.g)
+        if any(_is_capturing(batch.device) for batch in batches):
+            return False
+        return not any(
+            torch.stack([g.any() for g in _gradients_on(device, batches)]).any()
+            for device in {batch.device for batch in batches}
+        )
 
     def _write_controls(self, batches: list[Batch]) -> dict[torch.device, tuple[Any, ...]]:
         """Per device: (control block or None, grad_scale or None)."""
@@ -411,12 +427,19 @@ class MaxVA(Optimizer):
             controls[device] = control, scale
         return controls
 
-    def _update(self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]) -> None:
+    def _update(
+        self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]
+    ) -> set[int]:
+        """Hands every batch to its backend; returns the ids of the group steps counted there."""
         counted: set[int] = set()
         for batch in batches:
-            # a group whose parameters are in two batches is counted once
-            batch.group_step = [s for s in batch.group_step if id(s) not in counted]
-            counted.update(id(s) for s in batch.group_step)
+            # a group with parameters in two batches is counted once
+            batch.group_step = [
+                step
+                for step in {id(step): step for step in batch.group_step}.values()
+                if id(step) not in counted
+            ]
+            counted.update(id(step) for step in batch.group_step)
         for batch in batches:
             backend = self._find(batch.device)
             control, grad_scale = controls[batch.device]
@@ -426,15 +449,21 @@ class MaxVA(Optimizer):
                     backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
             else:
                 backend.update(batch, self.algorithm, Phase.WHOLE, control, grad_scale, None)
+        return counted
 
-    def _count_on_host(self, controls: dict[torch.device, tuple[Any, ...]]) -> None:
-        skipped = any(
-            control is not None and device.type == "cpu" and bool(control[SKIP])
-            for device, (control, _) in controls.items()
-        )
+    def _count_groups(
+        self, controls: dict[torch.device, tuple[Any, ...]], counted: set[int]
+    ) -> None:
+        """Counts the groups that no backend has counted: on the CPU, or without a gradient."""
+        found = {device: control for device, (control, _) in controls.items() if control is not None}
+        skipped = any(device.type == "cpu" and bool(c[SKIP]) for device, c in found.items())
         for group in self.param_groups:
-            if not isinstance(group["step"], Tensor) and not skipped:
-                group["step"] += 1
+            step = group["step"]
+            if not isinstance(step, Tensor):
+                group["step"] += not skipped
+            elif id(step) not in counted:
+                control = found.get(step.device, next(iter(found.values()), None))
+                step += 1 if control is None else (1 - control[SKIP]).to(step)
 
     def _find(self, device: torch.device) -> Backend:
         return find_backend(self._backend, device.type)
@@ -573,3 +602,7 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
     if check is None:  # torch before 2.13
         check = optimizer._cuda_graph_capture_health_check
     check()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
