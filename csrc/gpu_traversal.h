@@ -320,7 +320,8 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n,
     store(w, block.w, i, n, kAligned || block.w_vector);
     if constexpr (kAmsgrad) store(vmax, block.vmax, i, n, kAligned || block.vmax_vector);
   }
-  if constexpr (kPhase != Phase::kStates) {
+  // lr = 0 keeps the bits; a NaN's would not survive the conversion
+  if (kPhase != Phase::kStates && block.scalars.eta != T(0)) {
     store_any(theta, block.moved, i, n, kAligned || block.moved.vector);
     if (block.has_master) store_any(theta, block.theta, i, n, kAligned || block.theta.vector);
   }

@@ -162,7 +162,7 @@ std::vector<Hyper> make_hyper(const Case& c) {
   std::vector<Hyper> rows;
   for (int64_t k = 0; k < c.num_groups; ++k) {
     Hyper h{};
-    h.lr = 1e-2 / double(1 + k % 5);
+    h.lr = k % 5 == 4 ? 0 : 1e-2 / double(1 + k % 5);
     h.alpha = 0.9, h.beta_low = 0.5, h.beta_high = 0.999, h.beta_init = 0.999;
     h.eps = 1e-8, h.delta = 1e-16;
     h.weight_decay = k % 2 ? 0 : 0.01;
@@ -431,7 +431,7 @@ int main() {
       {.name = "misaligned edges", .numels = edges, .amsgrad = true, .misalignment = 2},
       {.name = "amsgrad", .numels = tails, .amsgrad = true},
       {.name = "amsgrad, lamadam", .numels = tails, .amsgrad = true, .algorithm = lamadam},
-      {.name = "lr on device", .numels = tails, .lr_on_device = true, .num_groups = 3},
+      {.name = "lr on device", .numels = tails, .lr_on_device = true, .num_groups = 5},
       {.name = "unscaled", .numels = tails, .unscale = true, .misalignment = 1},
       {.name = "skip", .numels = tails, .unscale = true, .skip = true},
       {.name = "not finite", .numels = tails, .nonfinite = true},
@@ -450,7 +450,8 @@ int main() {
        .numels = edges,
        .theta_dtypes = {bf16, f16},
        .g_dtypes = {bf16},
-       .master = true},
+       .master = true,
+       .num_groups = 5},
       {.name = "master misaligned",
        .numels = tails,
        .theta_dtypes = {bf16, f16},
@@ -465,7 +466,7 @@ int main() {
        .g_dtypes = {f32, bf16, f64, f16, bf16},
        .unscale = true,
        .misalignment = 2,
-       .num_groups = 4},
+       .num_groups = 6},
       {.name = "more than a launch", .numels = many(2 * gpu::kMaxTensors + 5)},
       {.name = "groups over launches",
        .numels = many(3 * gpu::kMaxGroups),

@@ -1,0 +1,208 @@
+// GB/s of the update kernels without torch: one FusedMAdam step in float32 over tensors like
+// BERT-Base's, 44 bytes moved per parameter. The share is of a plain copy measured in the same run.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "cpu_kernels.h"
+#include "multi_tensor.h"
+
+#if defined(MAXVA_WITH_CUDA)
+#include <cuda_runtime.h>
+
+#include "cuda_kernels.h"
+#include "gpu_plan.h"
+#endif
+
+namespace {
+
+using namespace maxva;
+
+constexpr double kBytesPerParameter = 44;
+constexpr int kRepeats = 20;
+
+std::vector<int64_t> bert_base() {
+  std::vector<int64_t> numels{30522 * 768, 512 * 768, 2 * 768, 768, 768};
+  for (int layer = 0; layer < 12; ++layer) {
+    for (int k = 0; k < 4; ++k) numels.insert(numels.end(), {768 * 768, 768});
+    numels.insert(numels.end(), {3072 * 768, 3072, 768 * 3072, 768, 768, 768, 768, 768});
+  }
+  return numels;
+}
+
+int64_t sum_of(const std::vector<int64_t>& numels) {
+  int64_t total = 0;
+  for (int64_t n : numels) total += n;
+  return total;
+}
+
+Hyper hyper() {
+  Hyper h{};
+  h.lr = 1e-3, h.alpha = 0.9, h.beta_low = 0.5, h.beta_high = h.beta_init = 0.999;
+  h.eps = 1e-8, h.weight_decay = 0.01, h.delta = 1e-16;
+  h.bias_correction = h.adam_w_mode = 1;
+  return h;
+}
+
+void report(const char* name, double bytes, std::vector<double> seconds, double copy) {
+  std::sort(seconds.begin(), seconds.end());
+  const double rate = bytes / seconds[seconds.size() / 2] * 1e-9;
+  std::printf("%-16s %9.3f ms %9.1f GB/s", name, seconds[seconds.size() / 2] * 1e3, rate);
+  if (copy > 0) std::printf("  %5.1f %% of a copy", 100 * rate / copy);
+  std::printf("\n");
+}
+
+double median_rate(double bytes, std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  return bytes / seconds[seconds.size() / 2] * 1e-9;
+}
+
+std::vector<double> timed_on_cpu(const std::function<void(int64_t, int64_t)>& work, int64_t n) {
+  const unsigned threads = std::max(1u, std::thread::hardware_concurrency());
+  std::vector<double> seconds;
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> pool;
+    for (unsigned k = 0; k < threads; ++k) {
+      pool.emplace_back(work, n * k / threads, n * (k + 1) / threads);
+    }
+    for (std::thread& thread : pool) thread.join();
+    seconds.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds;
+}
+
+void measure_cpu(const std::vector<int64_t>& numels) {
+  const ChunkPlan plan(numels, 32768);
+  const int64_t n = plan.num_elements();
+  std::vector<float> lists[6];  // theta g m u v w
+  for (auto& list : lists) list.assign(n, 0.01f);
+  std::vector<int64_t> first;
+  for (int64_t elements = 0; int64_t numel : numels) {
+    first.push_back(elements);
+    elements += numel;
+  }
+  const double copied = 8.0 * double(n);
+  const double copy = median_rate(copied, timed_on_cpu(
+                                              [&](int64_t begin, int64_t end) {
+                                                std::memcpy(&lists[0][begin], &lists[1][begin],
+                                                            (end - begin) * sizeof(float));
+                                              },
+                                              n));
+  const CpuKernels& kernels = cpu_kernels();
+  const Scalars<float> scalars = make_scalars<float>(hyper(), 1e-3, 10, 1, 1);
+  const auto seconds = timed_on_cpu(
+      [&](int64_t begin, int64_t end) {
+        plan.for_each_chunk(begin, end, [&](const Chunk& c) {
+          const int64_t at = first[c.tensor] + c.begin;
+          const ChunkView view{&lists[0][at],   DType::kFloat32, nullptr,       &lists[1][at],
+                               DType::kFloat32, nullptr,         &lists[2][at], &lists[3][at],
+                               &lists[4][at],   &lists[5][at],   nullptr,       c.end - c.begin};
+          kernels.update_float[0][0](view, scalars, Phase::kWhole);
+        });
+      },
+      n);
+  std::printf("CPU copy %.1f GB/s, kernels: %s\n", copy, kernels.isa);
+  report("cpu", kBytesPerParameter * double(n), seconds, copy);
+}
+
+#if defined(MAXVA_WITH_CUDA)
+template <typename F>
+std::vector<double> timed_on_gpu(const F& work) {
+  cudaEvent_t start, stop;
+  cudaEventCreate(&start);
+  cudaEventCreate(&stop);
+  std::vector<double> seconds;
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    cudaEventRecord(start);
+    work();
+    cudaEventRecord(stop);
+    cudaEventSynchronize(stop);
+    float milliseconds = 0;
+    cudaEventElapsedTime(&milliseconds, start, stop);
+    seconds.push_back(milliseconds * 1e-3);
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  return seconds;
+}
+
+void measure_cuda(const std::vector<int64_t>& numels) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("no GPU\n");
+    return;
+  }
+  const int64_t n = sum_of(numels);
+  float* lists[6];
+  for (float*& list : lists) {
+    cudaMalloc(&list, n * sizeof(float));
+    cudaMemset(list, 0, n * sizeof(float));
+  }
+  float* step = nullptr;
+  cudaMalloc(&step, sizeof(float));
+  cudaMemset(step, 0, sizeof(float));
+
+  std::vector<gpu::TensorEntry> entries;
+  for (int64_t at = 0; int64_t numel : numels) {
+    entries.push_back({lists[0] + at, nullptr, lists[2] + at, lists[3] + at, lists[4] + at,
+                       lists[5] + at, nullptr, step, numel, 0, int64_t(DType::kFloat32), 0,
+                       int64_t(entries.size())});
+    at += numel;
+  }
+  std::vector<const float*> g;
+  for (int64_t at = 0; int64_t numel : numels) {
+    g.push_back(lists[1] + at);
+    at += numel;
+  }
+  const gpu::UpdatePlan plan(entries, {hyper()}, {});
+  gpu::Image image = plan.key();
+  image.append(plan.blocks());
+  char* uploaded = nullptr;
+  cudaMalloc(&uploaded, image.bytes().size());
+  cudaMemcpy(uploaded, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice);
+
+  const double copied = 8.0 * double(n);
+  const double copy = median_rate(copied, timed_on_gpu([&] {
+                                    cudaMemcpyAsync(lists[0], lists[1], n * sizeof(float),
+                                                    cudaMemcpyDeviceToDevice);
+                                  }));
+  std::printf("GPU copy %.1f GB/s\n", copy);
+  for (const Algorithm algorithm : {Algorithm::kMAdam, Algorithm::kLaMAdam}) {
+    const auto seconds = timed_on_gpu([&] {
+      gpu::UpdateLaunch launch{};
+      for (const gpu::LaunchRange& range : plan.launches()) {
+        plan.fill(
+            launch, range, plan.locate(uploaded),
+            [&](int64_t i) { return gpu::typed_address(g[i], DType::kFloat32); },
+            [](int64_t) {
+              return gpu::LearningRate{1e-3, gpu::typed_address(nullptr, DType::kFloat32)};
+            });
+        gpu::launch_update(launch, {algorithm, false, false, Phase::kWhole},
+                           unsigned(range.end_block - range.first_block), nullptr);
+      }
+    });
+    report(algorithm == Algorithm::kMAdam ? "cuda madam" : "cuda lamadam",
+           kBytesPerParameter * double(n), seconds, copy);
+  }
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) std::printf("CUDA error: %s\n", cudaGetErrorString(error));
+}
+#endif
+
+}  // namespace
+
+int main() {
+  const std::vector<int64_t> numels = bert_base();
+  std::printf("BERT-Base: %zu tensors, %.1f M parameters\n", numels.size(),
+              double(sum_of(numels)) * 1e-6);
+  measure_cpu(numels);
+#if defined(MAXVA_WITH_CUDA)
+  measure_cuda(numels);
+#endif
+}
