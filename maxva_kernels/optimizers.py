@@ -455,7 +455,9 @@ class MaxVA(Optimizer):
         self, controls: dict[torch.device, tuple[Any, ...]], counted: set[int]
     ) -> None:
         """Counts the groups that no backend has counted: on the CPU, or without a gradient."""
-        found = {device: control for device, (control, _) in controls.items() if control is not None}
+        found = {
+            device: control for device, (control, _) in controls.items() if control is not None
+        }
         skipped = any(device.type == "cpu" and bool(c[SKIP]) for device, c in found.items())
         for group in self.param_groups:
             step = group["step"]

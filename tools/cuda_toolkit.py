@@ -47,7 +47,7 @@ def nvcc_version(root: Path) -> str:
 
 
 def torch_arch_list(archs: str) -> str:
-    """ "80;90;120+PTX" as TORCH_CUDA_ARCH_LIST spells it: "8.0;9.0;12.0+PTX"."""
+    """Architectures such as "80;90;120+PTX" as torch spells them: "8.0;9.0;12.0+PTX"."""
     names = []
     for arch in re.split(r"[;, ]+", archs.strip()):
         match = re.fullmatch(r"(\d+)\.?(\d[af]?)(\+PTX)?", arch)

@@ -1,0 +1,159 @@
+"""The CUDA sources without a GPU: per-thread code walked on the CPU, registers, machine code."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+ARCH = "sm_90"
+#: The kernel of most steps: FusedMAdam, no amsgrad, one pass, float32.
+MAIN_KERNEL = "update_kernelILNS_9AlgorithmE0ELb0ELNS_5PhaseE0EfE"
+SANITIZERS = "-fsanitize=address,alignment"
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-arch={ARCH}", "-Xptxas=-v"]
+NVCC_FLAGS += ["-Werror=all-warnings"]
+HOST_FLAGS = ["-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolkit = _load(ROOT / "tools" / "cuda_toolkit.py")
+CUDA_HOME = toolkit.find_cuda_home()
+needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no CUDA toolkit (nvcc) is installed")
+needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def _run(command: list[object]) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
+    return run
+
+
+def _parallel(commands: list[list[object]]) -> list[subprocess.CompletedProcess[str]]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_run, commands))
+
+
+@needs_gcc
+def test_traversal_equals_cpu_kernels(tmp_path: Path) -> None:
+    program, objects = tmp_path / "test", [tmp_path / "kernels.o", tmp_path / "test.o"]
+    kernels, test = CSRC / "cpu_kernels.cpp", ROOT / "tests/cpp/test_gpu_traversal.cpp"
+    compiler = ["g++", *HOST_FLAGS, f"-I{CSRC}", "-c"]
+    checked = ["-O1", "-fno-strict-aliasing", "-fno-sanitize-recover=all", SANITIZERS]
+    _parallel(
+        [
+            [*compiler, "-O2", "-fopenmp-simd", kernels, "-o", objects[0]],
+            [*compiler, *checked, test, "-o", objects[1]],
+        ]
+    )
+    _run(["g++", SANITIZERS, *objects, "-o", program])
+    run = _run([program])
+    assert re.search(r"\d+ cases, 0 failures|skipped", run.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Source name -> object file and what ptxas said."""
+    folder = tmp_path_factory.mktemp("cuda")
+    sources = sorted(CSRC.glob("*.cu"))
+    assert CUDA_HOME is not None
+    compiler = [CUDA_HOME / "bin/nvcc", *NVCC_FLAGS, "-c"]
+    runs = _parallel([[*compiler, s, "-o", folder / f"{s.stem}.o"] for s in sources])
+    return {
+        source.name: (folder / f"{source.stem}.o", run.stderr + run.stdout)
+        for source, run in zip(sources, runs, strict=True)
+    }
+
+
+@needs_nvcc
+def test_no_kernel_spills_registers(compiled: dict[str, tuple[Path, str]]) -> None:
+    logs = "".join(log for _, log in compiled.values())
+    # 2 algorithms x amsgrad or not x 3 phases x 2 precisions, and the four small kernels
+    assert logs.count("Compiling entry function") == 24 + 4
+    spills = set(re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", logs))
+    assert spills == {"0 bytes spill stores, 0 bytes spill loads"}
+
+
+@needs_nvcc
+def test_float_kernels_fit_three_blocks(compiled: dict[str, tuple[Path, str]]) -> None:
+    """65,536 registers per multiprocessor: 64 a thread let 4 blocks of 256 reside, 80 let 3."""
+    registers: dict[str, int] = {}
+    for _, log in compiled.values():
+        found = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+        registers.update({name: int(count) for name, count in found})
+    main = [count for name, count in registers.items() if MAIN_KERNEL in name]
+    floats = [count for name, count in registers.items() if re.search(r"PhaseE\dEfE", name)]
+    assert len(main) == 1
+    assert len(floats) == 12
+    assert main[0] <= 64
+    assert max(floats) <= 80
+
+
+def _cuobjdump() -> Path | None:
+    candidates = [CUDA_HOME / "bin/cuobjdump"] if CUDA_HOME else []
+    if found := shutil.which("cuobjdump"):
+        candidates.append(Path(found))
+    if spec := importlib.util.find_spec("triton"):
+        for folder in spec.submodule_search_locations or ():
+            candidates.append(Path(folder) / "backends/nvidia/bin/cuobjdump")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@needs_nvcc
+@pytest.mark.skipif(_cuobjdump() is None, reason="cuobjdump is in neither the toolkit nor Triton")
+def test_main_path_moves_128_bits_at_a_time(compiled: dict[str, tuple[Path, str]]) -> None:
+    sass = _run([_cuobjdump(), "-sass", compiled["cuda_update_madam.cu"][0]]).stdout
+    functions = re.split(r"\n\s*Function : ", sass)
+    (main,) = (text for text in functions if MAIN_KERNEL in text.splitlines()[0])
+    # the barrier ends the prologue, in which one thread prepares the block
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", main)
+    body = instructions[instructions.index("BAR.SYNC.DEFER_BLOCKING") :]
+    # m, v, w, u one after the other, with nothing between them that would wait for a load
+    start = body.index("LDG.E.128")
+    assert body[start : start + 8].count("LDG.E.128") == 4
+    assert body.count("LDG.E.128") >= 6
+    assert body.count("STG.E.128") >= 5
+    # generic accesses mean that the compiler lost the address space, local ones that it spilled
+    assert not [name for name in body if re.match(r"(LD|ST)\.E|LDL|STL", name)]
+
+
+def test_architectures_as_torch_spells_them() -> None:
+    assert toolkit.torch_arch_list("80;90;100;120+PTX") == "8.0;9.0;10.0;12.0+PTX"
+    assert toolkit.torch_arch_list("9.0") == "9.0"
+    assert toolkit.torch_arch_list("90a, 103") == "9.0a;10.3"
+    with pytest.raises(ValueError, match="MAXVA_CUDA_ARCHS"):
+        toolkit.torch_arch_list("hopper")
+
+
+@pytest.mark.parametrize("archs", ["", "90"])
+def test_cuda_that_is_asked_for_and_not_there_fails_loudly(tmp_path: Path, archs: str) -> None:
+    """Without a toolkit or with a CPU torch; where both are there, CUDA_HOME points nowhere."""
+    environment = {
+        **os.environ,
+        "MAXVA_BUILD_CUDA": "1",
+        "CUDA_HOME": str(tmp_path),
+        "MAXVA_CUDA_ARCHS": archs,
+    }
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert re.search("install (CUDA|a CUDA build of torch)", run.stderr), run.stderr
