@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call and offline: builds in place for the GPU that is there,
+# runs the tests marked gpu, memcheck on a small case and the benchmarks.
+#
+#   PYTHON=python3   an interpreter whose packages are used as they are: a CUDA build of torch,
+#                    setuptools, pytest, ninja, pybind11
+# Results: bench/results/<gpu>-<date>.json and .md
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+failed=0
+stage() {
+  echo "== $1"
+  shift
+  local start=$SECONDS
+  "$@" || { echo "failed: $*"; failed=1; }
+  echo "   $((SECONDS - start)) s"
+}
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"' || exit 1
+GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())')
+MAXVA_CUDA_ARCHS=$("$PYTHON" -c \
+  'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
+CUDA_HOME=$("$PYTHON" tools/cuda_toolkit.py) || exit 1
+export MAXVA_CUDA_ARCHS CUDA_HOME MAXVA_BUILD_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+STEM=bench/results/$(echo "$GPU" | tr -cs '[:alnum:]' '-' | sed 's/-$//' | tr '[:upper:]' '[:lower:]')-$(date +%F)
+echo "$GPU, sm_$MAXVA_CUDA_ARCHS, CUDA in $CUDA_HOME"
+
+stage "build" "$PYTHON" -m pip --disable-pip-version-check install --quiet --no-index --no-deps \
+  --no-build-isolation --editable .
+test "$failed" = 0 || exit 1
+stage "installation" "$PYTHON" tools/check_installation.py --with-cuda
+stage "tests" timeout 240 "$PYTHON" -m pytest -q -m gpu -rs tests
+SANITIZER=$(command -v compute-sanitizer || ls "$CUDA_HOME/bin/compute-sanitizer" 2>/dev/null)
+if test -n "$SANITIZER"; then
+  stage "memcheck" timeout 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" \
+    --tool memcheck --error-exitcode 1 "$PYTHON" tools/memcheck_case.py
+else
+  echo "== memcheck: compute-sanitizer is not installed"
+fi
+if has pytest_benchmark; then
+  mkdir -p bench/results
+  stage "benchmarks" timeout 240 "$PYTHON" -m pytest -q bench --results "$STEM"
+else
+  echo "== benchmarks: pytest-benchmark is not installed"
+fi
+exit $failed
