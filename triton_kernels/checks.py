@@ -1,4 +1,4 @@
-"""Every check of the operators' arguments, as csrc/bindings.cpp makes them, and Note [Layouts] there.
+"""Every check of the operators' arguments, as csrc/bindings.cpp makes it, and its Note [Layouts].
 
 All of it before a kernel runs: nothing has been changed when one of these raises.
 """
@@ -48,6 +48,7 @@ class TensorLists:
 
 
 def check_dtype(tensor: Tensor, name: str, i: int) -> None:
+    """Raises TypeError unless it is a dense tensor of a supported dtype."""
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"maxva: {name}[{i}] is {tensor.dtype}; float32, float64, bfloat16 and float16 are "
@@ -60,6 +61,7 @@ def check_dtype(tensor: Tensor, name: str, i: int) -> None:
 
 
 def check_like_parameter(tensor: Tensor, theta: Tensor, name: str, i: int) -> None:
+    """Raises unless its shape and device are theta's."""
     check_dtype(tensor, name, i)
     if tensor.shape != theta.shape:
         raise ValueError(
@@ -75,6 +77,7 @@ def check_like_parameter(tensor: Tensor, theta: Tensor, name: str, i: int) -> No
 def check_one_element(
     tensor: Tensor | None, name: str, dtype: torch.dtype | None, device: torch.device
 ) -> None:
+    """Raises unless it is None or has one element of `dtype` (None: any) on the device."""
     if tensor is None:
         return
     if tensor.numel() != 1:
@@ -86,6 +89,7 @@ def check_one_element(
 
 
 def check_control(control: Tensor | None, device: torch.device) -> None:
+    """Raises unless it is None or a control block on the device."""
     if control is not None and not (
         control.numel() == CONTROL_FIELDS
         and control.is_contiguous()
@@ -93,6 +97,16 @@ def check_control(control: Tensor | None, device: torch.device) -> None:
         and control.device == device
     ):
         raise ValueError(f"maxva: control must be float64 [{CONTROL_FIELDS}] on {device}")
+
+
+def check_gradients(g: Sequence[Tensor]) -> None:
+    """What sum_of_squares asks of its tensors."""
+    for i, tensor in enumerate(g):
+        check_dtype(tensor, "gradient", i)
+        if tensor.device != g[0].device:
+            raise ValueError(
+                f"maxva: gradient {i} is on {tensor.device}, gradient 0 is on {g[0].device}"
+            )
 
 
 def check_arguments(
@@ -153,7 +167,8 @@ def check_tensors(lists: TensorLists) -> None:
             raise ValueError(
                 f"maxva: parameter {i} is on {theta.device}, parameter 0 is on {device}"
             )
-        if any(size > 1 and stride == 0 for size, stride in zip(theta.shape, theta.stride())):
+        dims = zip(theta.shape, theta.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in dims):
             raise ValueError(
                 f"maxva: parameter {i} of shape {list(theta.shape)} and strides "
                 f"{list(theta.stride())} has elements that share memory (an expanded tensor); "
@@ -178,9 +193,8 @@ def check_tensors(lists: TensorLists) -> None:
 def is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill a piece of memory, each once."""
     expected = 1
-    for stride, size in sorted(
-        (stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size != 1
-    ):
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] != 1):
         if stride != expected and tensor.numel():
             return False
         expected *= size
@@ -227,6 +241,7 @@ class LayoutFitter:
         return fitted
 
     def copy_back(self) -> None:
+        """Brings what was written to the tensors that the caller holds."""
         for original, fitted in self._copies:
             original.copy_(fitted)
 

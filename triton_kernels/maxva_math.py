@@ -29,7 +29,7 @@ class Normalizer(NamedTuple):
 
 @triton.jit
 def square_root(x):
-    # on the GPU tl.sqrt is approximate in float32 alone, and sqrt_rn exists for float32 alone
+    """Correctly rounded: tl.sqrt is approximate in float32, for which alone sqrt_rn exists."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -38,7 +38,7 @@ def square_root(x):
 
 @triton.jit
 def divide(x, y):
-    # as square_root: `/` is approximate in float32 alone
+    """Correctly rounded: `/` is approximate in float32, for which alone div_rn exists."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -76,6 +76,7 @@ def observe(g, u, v, w, s):
 
 @triton.jit
 def normalize(normalizer, x):
+    """One division per use."""
     ratio = divide(x * normalizer.numerator_scale, normalizer.denominator)
     # eps = 0: v is 0, so is x, and so is the update
     return tl.where(normalizer.denominator == 0, 0.0, ratio)
@@ -83,6 +84,7 @@ def normalize(normalizer, x):
 
 @triton.jit
 def make_normalizer(v, w, vmax, s, AMSGRAD: tl.constexpr):
+    """See Note [Multiplied through by w]: sqrt(v/w) + eps = (sqrt(v ws range) + eps ws) / ws."""
     if AMSGRAD:
         return Normalizer(tl.full(v.shape, 1.0, v.dtype), square_root(vmax + s.eps_inside) + s.eps)
     else:
@@ -121,6 +123,7 @@ def layer_update(theta, direction, s):
 
 @triton.jit
 def moved_parameter(theta, direction, s):
+    """The parameter after the step, decoupled decay first."""
     decayed = tl.fma(-s.decay, theta, theta)
     moved = tl.fma(-s.step_size, direction, decayed)
     return tl.where(s.eta == 0, theta, moved)  # lr = 0 keeps the bits, whatever the update is

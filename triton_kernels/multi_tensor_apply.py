@@ -39,9 +39,9 @@ from .step_scalars import (
 
 # Note [Chunk and block]
 # 128 threads with 8 elements of each stream keep 24 KB of float32 reads in flight per program; at
-# the four to six programs that the registers allow, a multiprocessor then has several times the
-# 20 KB that its share of bandwidth times latency asks for. A chunk of four blocks spreads the
-# look-up of addresses and scalars, and four bytes of chunk map, over 176 KB of traffic.
+# the four programs that the registers allow, a multiprocessor then has several times the 20 KB
+# that its share of bandwidth times latency asks for. A chunk of four blocks spreads the look-up of
+# addresses and scalars, and four bytes of chunk map, over 176 KB of traffic.
 CHUNK = tl.constexpr(4096)
 BLOCK = tl.constexpr(1024)
 NUM_WARPS = 4
@@ -131,6 +131,7 @@ def make_scalars_kernel(rows, hyper, lr_kinds, lr_words, control, norms, scalars
 
 @triton.jit
 def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """ALIGNED: to 16 bytes, which the compiler cannot know of an address from a table."""
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)

@@ -23,6 +23,7 @@ NORM_ROW = tl.constexpr(3)
 
 @triton.jit
 def sum_of_squares_chunk(address, begin, n, G_DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Elements [begin, begin + n) of one tensor; FULL: n is NORM_CHUNK and g is aligned."""
     g_ptr = pointer_to(address, G_DTYPE, FULL) + begin
     total = tl.zeros((NORM_BLOCK,), tl.float64)
     for start in range(0, NORM_CHUNK if FULL else n, NORM_BLOCK):

@@ -21,7 +21,7 @@ from .checks import (
     TensorLists,
     check_arguments,
     check_control,
-    check_dtype,
+    check_gradients,
     check_one_element,
     check_tensors,
     is_dense,
@@ -36,6 +36,7 @@ from .tables import (
     UpdateTable,
     addresses,
     double_words,
+    gradient_signature,
     is_capturing,
     signature,
 )
@@ -84,15 +85,22 @@ def update_(
     """One step: moves states and parameters and counts, unless control says skip.
 
     Args:
-        theta, g: float32, float64, bfloat16 or float16, any shapes.
-        m, u, v, w, vmax, master: float64 for float64 parameters, else float32; vmax and master
-            as long as theta or empty.
-        step: float32 counters of one element; group_step: int32 ones per group, or empty.
+        theta: float32, float64, bfloat16 or float16 parameters of any shapes, on one device.
+        g: gradients, of any of these dtypes.
+        m: first state, float64 for float64 parameters, else float32; and so the others.
+        u: weighted sums of gradients.
+        v: weighted sums of squares.
+        w: sums of weights.
+        vmax: maxima of v/w, or empty.
+        master: float32 copies that are moved instead of theta and rounded into it, or empty.
+        step: float32 counters of one element.
+        group_step: int32 counters of one element per group, or empty.
         group_sizes: how many consecutive parameters each group has.
         hyper: lr and the rows of `Hyper` (step_scalars.py), flat.
         lr: per group a one-element tensor that overrides hyper's, or None.
-        control: float64 [3] as write_control_ fills it. grad_scale: one element; g is divided by
-            it and written back. norms: float64 [n, 2], the sums of squares of theta and update.
+        control: float64 [3] as write_control_ fills it, or None.
+        grad_scale: one element, g is divided by it and written back; or None.
+        norms: float64 [n, 2], sums of squares of theta and update: written in phase 1, read in 2.
         algorithm: "madam" or "lamadam".
         phase: 0, everything; 1, states and norms; 2, parameters.
 
@@ -117,8 +125,10 @@ def update_(
         )
     if fitter is not None:
         fitter.copy_back()
-    for written in (theta, g if grad_scale is not None else (), m, u, v, w, vmax, master, step):
-        _bump_versions(written)
+    # states are left out: autograd never sees them, and the time is a tenth of the step's
+    _bump_versions(theta)
+    if grad_scale is not None:
+        _bump_versions(g)
 
 
 def _find_update_table(lists: TensorLists) -> UpdateTable:
@@ -246,15 +256,12 @@ def sum_of_squares(g: Sequence[Tensor]) -> Tensor:
     if not g:
         raise ValueError("maxva: sum_of_squares needs at least one tensor")
     device = g[0].device
-    for i, tensor in enumerate(g):
-        check_dtype(tensor, "gradient", i)
-        if tensor.device != device:
-            raise ValueError(
-                f"maxva: gradient {i} is on {tensor.device}, gradient 0 is on {device}"
-            )
-    g = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in g]
-    numels = [tensor.numel() for tensor in g]
-    dtypes = [tensor.dtype for tensor in g]
+    found = gradient_signature(g)
+    if found is None:
+        check_gradients(g)
+        g = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in g]
+        found = [tensor.numel() for tensor in g], [tensor.dtype for tensor in g]
+    numels, dtypes = found
     tables = _norm_tables.setdefault(device, Tables())
     with _on_device(device):
         table = tables.find([numels, dtypes], device, lambda: NormTable(device, numels, dtypes))
@@ -289,7 +296,8 @@ def write_control_(
     Args:
         control: float64 [3], written.
         sum_of_squares: float64, one element, of the gradients as they are (scaled).
-        grad_scale, found_inf: one element each.
+        grad_scale: one element, what the gradients have been multiplied by; or None.
+        found_inf: one element, not 0 to skip; or None.
         max_grad_norm: infinity for no clipping.
         skip_nonfinite: skip where the norm is not a finite float32.
     """

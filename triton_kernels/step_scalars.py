@@ -123,13 +123,14 @@ def make_scalars(h, lr, t, clip_factor, trust):
 
 @triton.jit
 def store_scalars(row, s, mask):
-    # rounded to the table's type, which is the compute type
+    """Rounds once, to the type of the table."""
     for k in tl.static_range(NUM_SCALARS):
         tl.store(row + k, s[k].to(row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_scalars(row):
+    """One tensor's scalars, in the compute type."""
     return Scalars(
         g_factor=tl.load(row + 0),
         l2=tl.load(row + 1),
@@ -153,7 +154,7 @@ def load_scalars(row):
 
 @triton.jit
 def trust_ratio(h, theta_sum_of_squares, update_sum_of_squares):
-    """r of LAMB: 1 where it is off, where there is no decay or where a norm is 0."""
+    """LAMB's r: 1 where it is off, where there is no decay or where a norm is 0."""
     on = (
         (h.trust_ratio != 0)
         & (h.weight_decay != 0)

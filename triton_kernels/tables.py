@@ -1,8 +1,10 @@
 """Tables of addresses on the device: built once, renewed only where something moved.
 
 Note [Stale tables]
-A table is found by comparing everything it was built from with what is there now: address, sizes,
-strides and dtype of every parameter and state, sizes, strides, dtype and device of every gradient.
+A table is found by comparing everything it was built from with what is there now: address, layout
+and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. Where all
+are contiguous, a layout is the number of elements, which takes half the time to ask for; else it is
+sizes and strides.
 What may differ in every step without such a move (the gradients' addresses, learning rates and
 hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from . import multi_tensor_apply as mta
 from . import norm
-from .checks import NAMES, TensorLists
+from .checks import DTYPES, NAMES, TensorLists
 
 #: Tables kept per owner: subsets of parameters that take turns in having gradients.
 _MAX_TABLES = 4
@@ -33,8 +35,10 @@ _data_ptr = Tensor.data_ptr
 _size = Tensor.size
 _stride = Tensor.stride
 _numel = Tensor.numel
+_is_contiguous = Tensor.is_contiguous
 _dtype = attrgetter("dtype")
-_device = attrgetter("device")
+_get_device = Tensor.get_device
+_layout = attrgetter("layout")
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -44,24 +48,37 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def signature(lists: TensorLists) -> list[Any]:
     """Everything that a table of the update is built from; see Note [Stale tables]."""
-    found: list[Any] = [lists.theta[0].device, list(lists.group_sizes)]
-    for tensors in (lists.theta, lists.m, lists.u, lists.v, lists.w, lists.vmax, lists.master):
+    walked = (lists.theta, lists.m, lists.u, lists.v, lists.w, lists.vmax, lists.master)
+    contiguous = all(all(map(_is_contiguous, tensors)) for tensors in (lists.g, *walked))
+    found: list[Any] = [lists.theta[0].device, list(lists.group_sizes), contiguous]
+    for tensors in walked:
         found.append(addresses(tensors))
-        found.append(list(map(_size, tensors)))
-        found.append(list(map(_stride, tensors)))
         found.append(list(map(_dtype, tensors)))
+        found.append(list(map(_numel, tensors)))
+        if not contiguous:
+            found.append(list(map(_size, tensors)))
+            found.append(list(map(_stride, tensors)))
     for tensors in (lists.step, lists.group_step):
         found.append(addresses(tensors))
-        found.append(list(map(_numel, tensors)))
         found.append(list(map(_dtype, tensors)))
-    found.append(list(map(_size, lists.g)))
-    found.append(list(map(_stride, lists.g)))
-    found.append(list(map(_dtype, lists.g)))
-    found.append(list(map(_device, lists.g)))
+        found.append(list(map(_numel, tensors)))
+    for attribute in (_size, _dtype, _get_device, *([] if contiguous else [_stride])):
+        found.append(list(map(attribute, lists.g)))
     return found
 
 
+def gradient_signature(g: Sequence[Tensor]) -> tuple[list[int], list[torch.dtype]] | None:
+    """Numbers of elements and dtypes; None where a tensor is not contiguous or does not fit."""
+    if set(map(_layout, g)) != {torch.strided} or len(set(map(_get_device, g))) != 1:
+        return None
+    dtypes = list(map(_dtype, g))
+    if not set(dtypes) <= set(DTYPES) or not all(map(_is_contiguous, g)):
+        return None
+    return list(map(_numel, g)), dtypes
+
+
 def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -198,7 +215,9 @@ class UpdateTable(_Table):
     def _build(self, lists: TensorLists, uploads: Uploads) -> None:
         n = len(lists.theta)
         columns = {mta.THETA.value: addresses(lists.theta)}
-        for field, name in zip((mta.M, mta.U, mta.V, mta.W, mta.VMAX, mta.MASTER), NAMES):
+        for field, name in zip(
+            (mta.M, mta.U, mta.V, mta.W, mta.VMAX, mta.MASTER), NAMES, strict=True
+        ):
             tensors = getattr(lists, name)
             columns[field.value] = addresses(tensors) if tensors else [0] * n
         columns[mta.STEP.value] = addresses(lists.step)
@@ -282,17 +301,13 @@ class Tables(Generic[TableT]):
     def find(self, found: list[Any], device: torch.device, build: Callable[[], TableT]) -> TableT:
         """The table built from what has this signature, or a new one."""
         capturing = is_capturing(device)
-        for k, (built_from, table) in enumerate(self._recent):
-            if built_from == found:
-                if k:
-                    self._recent.insert(0, self._recent.pop(k))
-                break
-        else:
-            table = build()
-            # one built in a capture is filled by the graph alone
-            if not capturing:
-                self._recent.insert(0, (found, table))
-                del self._recent[_MAX_TABLES:]
+        k = next((k for k, (built_from, _) in enumerate(self._recent) if built_from == found), None)
+        entry = (found, build()) if k is None else self._recent.pop(k)
+        table = entry[1]
+        # one built in a capture is filled by the graph alone
+        if k is not None or not capturing:
+            self._recent.insert(0, entry)
+            del self._recent[_MAX_TABLES:]
         if capturing and not any(table is held for held in self._captured):
             self._captured.append(table)
         return table
