@@ -5,13 +5,26 @@ import os
 import platform
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 CPU_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
 
+class PurePython(build_py):
+    """Leaves out what an earlier build of the extension left in the source tree."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] != "_build_info"]
+
+    def find_data_files(self, package, src_dir):
+        files = super().find_data_files(package, src_dir)
+        return [file for file in files if not file.endswith((".so", ".pyd"))]
+
+
 def extensions():
     if os.environ.get("MAXVA_NO_EXTENSION") == "1":
-        return {}
+        return {"cmdclass": {"build_py": PurePython}}
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 

@@ -38,14 +38,14 @@ from .step_scalars import (
 )
 
 # Note [Chunk and block]
-# 128 threads with 8 elements of each stream keep 24 KB of float32 reads in flight per program; at
+# 128 threads with 32 bytes of each state keep 24 KB of float32 reads in flight per program; at
 # the four programs that the registers allow, a multiprocessor then has several times the 20 KB
 # that its share of bandwidth times latency asks for. A chunk of four blocks spreads the look-up of
 # addresses and scalars, and four bytes of chunk map, over 176 KB of traffic.
 CHUNK = tl.constexpr(4096)
-BLOCK = tl.constexpr(1024)
+BLOCK_BITS = tl.constexpr(32768)
 NUM_WARPS = 4
-# tensors per program of the kernels that have a lane per tensor
+# tensors per program of the kernels that have a lane per tensor, and sums per turn of add_sums
 LANES = tl.constexpr(128)
 
 # A row per tensor, int64: addresses, then what the traversal needs.
@@ -177,6 +177,7 @@ def update_chunk(
     master_ptr = pointer_to(master_address, tl.float32, FULL) + begin
     theta_sum = tl.full((), 0.0, tl.float64)
     update_sum = tl.full((), 0.0, tl.float64)
+    BLOCK: tl.constexpr = BLOCK_BITS // T.primitive_bitwidth
     for start in range(0, CHUNK if FULL else n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = None if FULL else i < n
@@ -219,9 +220,13 @@ def update_chunk(
             update_sum += tl.sum(update * update, axis=0)
         else:
             theta = moved_parameter(theta, step, s)
+            # lr = 0 keeps the bits; a NaN's would not survive the conversion
+            moves = tl.broadcast_to(s.eta, (BLOCK,)) != 0
+            if not FULL:
+                moves = moves & mask
             if HAS_MASTER:
-                tl.store(master_ptr + i, theta, mask=mask)
-            tl.store(theta_ptr + i, from_compute(theta, THETA_DTYPE), mask=mask)
+                tl.store(master_ptr + i, theta, mask=moves)
+            tl.store(theta_ptr + i, from_compute(theta, THETA_DTYPE), mask=moves)
     return theta_sum, update_sum
 
 
@@ -301,10 +306,10 @@ def add_sums_kernel(rows, sums, control, norms):
         row = rows + tl.program_id(0).to(tl.int64) * ROW
         first = tl.load(row + FIRST_CHUNK)
         end = first + tl.cdiv(tl.load(row + NUMEL), CHUNK)
-        theta_sum = tl.zeros((BLOCK,), tl.float64)
-        update_sum = tl.zeros((BLOCK,), tl.float64)
-        for start in range(first, end, BLOCK):
-            i = start + tl.arange(0, BLOCK)
+        theta_sum = tl.zeros((LANES,), tl.float64)
+        update_sum = tl.zeros((LANES,), tl.float64)
+        for start in range(first, end, LANES):
+            i = start + tl.arange(0, LANES)
             theta_sum += tl.load(sums + 2 * i, mask=i < end, other=0.0)
             update_sum += tl.load(sums + 2 * i + 1, mask=i < end, other=0.0)
         norm = norms + 2 * tl.load(row + INDEX)
