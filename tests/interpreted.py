@@ -65,9 +65,7 @@ def _outcomes(file: str) -> tuple[dict[str, tuple[str, str]], str]:
         outcomes = {}
         if report.exists():
             for case in ElementTree.parse(report).iter("testcase"):
-                result = next(
-                    (c for c in case if c.tag in ("failure", "error", "skipped")), None
-                )
+                result = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
                 if result is None:
                     outcomes[case.attrib["name"]] = "passed", ""
                 else:

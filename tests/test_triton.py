@@ -407,9 +407,7 @@ def test_equal_steps_copy_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def arguments(**changes: Any) -> dict[str, Any]:
     """Arguments of update_ for two tensors in one group, with changes."""
     torch.manual_seed(0)
-    lists = {
-        name: [torch.rand(3, 2), torch.rand(4)] for name in ("theta", "g", "m", "u", "v", "w")
-    }
+    lists = {name: [torch.rand(3, 2), torch.rand(4)] for name in ("theta", "g", "m", "u", "v", "w")}
     return {
         **lists,
         "vmax": [], "master": [], "step": [torch.zeros(()), torch.zeros(())], "group_step": [],

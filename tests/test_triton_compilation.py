@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for GPUs that need not be there: accesses, rounding, spills."""
+"""What the Triton kernels compile to, without a GPU: width of accesses, rounding, spills."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from maxva_kernels.triton_kernels import multi_tensor_apply as mta
 from maxva_kernels.triton_kernels import norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 POINTERS = {tl.float32: "*fp32", tl.float64: "*fp64", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
 #: Bits that one access of the main path moves at least, per kind of element.
@@ -54,9 +53,7 @@ def compiled(kernel: Any, capability: int, pointers: dict[str, str | None],
              constants: dict[str, Any], **scalars: str) -> Any:  # fmt: skip
     """The kernel for one GPU; a pointer of type None is an argument that is None."""
     signature = {
-        name: pointers[name] or "constexpr"
-        if name in pointers
-        else scalars.get(name, "constexpr")
+        name: pointers[name] or "constexpr" if name in pointers else scalars.get(name, "constexpr")
         for name in kernel.arg_names
     }
     values = {**constants, **{name: None for name, kind in pointers.items() if kind is None}}
@@ -112,14 +109,14 @@ def test_update(variant: dict[str, Any], capability: int, tmp_path: Path) -> Non
     check_rounding(ptx)
     assert re.search(r"\bdiv\.rn\.", ptx)
     assert re.search(r"\bsqrt\.rn\.", ptx)
-    loads = len(re.findall(rf"ld\.global[\w.]*{WIDE}", ptx))
-    stores = len(re.findall(rf"st\.global[\w.]*{WIDE}", ptx))
     phase = variant.get("phase", 0)
     states = 5 if variant.get("amsgrad") else 4
-    written = {0: states + 1, 1: states, 2: 1}[phase]
-    # one main path with an aligned gradient, one without: every list but g is wide in both
-    assert loads >= 2 * ((4 if phase == 2 else states) - (1 if phase == 2 else 0)) + 1
-    assert stores >= 2 * (written if phase != 2 else 1)
+    # theta and the states; the parameters' phase does without u
+    read = 1 + states - (phase == 2)
+    written = {0: 1 + states, 1: states, 2: 1}[phase]
+    # there are two main paths, and g is aligned in one of them
+    assert len(re.findall(rf"ld\.global[\w.]*{WIDE}", ptx)) >= 2 * read + 1
+    assert len(re.findall(rf"st\.global[\w.]*{WIDE}", ptx)) >= 2 * written
     check_resources(kernel, tmp_path)
 
 

@@ -10,7 +10,8 @@ hyper-parameters) goes into `StepWords`, which is compared and copied as a whole
 
 Note [Graph capture]
 A captured copy reads its host memory again at every replay, and captured kernels their tables. Both
-are therefore kept for as long as the owner of the tables lives, and are never written again.
+are therefore kept for as long as the owner of the tables lives (for the norm, which has none, until
+the process ends: some bytes per tensor and capture), and are never written again.
 """
 
 from __future__ import annotations
