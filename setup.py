@@ -11,6 +11,7 @@ import platform
 import sys
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
 from cuda_toolkit import find_cuda_home, nvcc_version, torch_arch_list
@@ -54,9 +55,21 @@ def wants_cuda(torch, cuda_home):
     return reason is None
 
 
+class PurePython(build_py):
+    """Leaves out what an earlier build of the extension left in the source tree."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] != "_build_info"]
+
+    def find_data_files(self, package, src_dir):
+        files = super().find_data_files(package, src_dir)
+        return [file for file in files if not file.endswith((".so", ".pyd"))]
+
+
 def extensions():
     if os.environ.get("MAXVA_NO_EXTENSION") == "1":
-        return {}
+        return {"cmdclass": {"build_py": PurePython}}
     import torch
 
     cuda_home = find_cuda_home()

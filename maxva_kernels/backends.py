@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,16 @@ from maxva_kernels.reference import EagerBackend
 VARIABLE = "MAXVA_BACKEND"
 
 
-class ExtensionBackend:
-    """The C++ extension's operators; torch's dispatcher picks CPU or CUDA by the tensors."""
+class OperatorBackend:
+    """`Backend` over a namespace with the operators of csrc/bindings.cpp.
+
+    Args:
+        operators: torch.ops.maxva, where torch's dispatcher picks CPU or CUDA by the tensors, or
+            the package triton_kernels.
+    """
+
+    def __init__(self, operators: Any) -> None:
+        self._operators = operators
 
     def update(
         self,
@@ -32,13 +42,13 @@ class ExtensionBackend:
         norms: Tensor | None,
     ) -> None:
         b = batch
-        torch.ops.maxva.update_(
+        self._operators.update_(
             b.theta, b.g, b.m, b.u, b.v, b.w, b.vmax, b.master, b.step, b.group_step,
             b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, algorithm, int(phase),
         )  # fmt: skip
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
-        total: Tensor = torch.ops.maxva.sum_of_squares(g)
+        total: Tensor = self._operators.sum_of_squares(g)
         return total
 
     def write_control(
@@ -50,7 +60,7 @@ class ExtensionBackend:
         max_grad_norm: float,
         skip_nonfinite: bool,
     ) -> None:
-        torch.ops.maxva.write_control_(
+        self._operators.write_control_(
             control, sum_of_squares, grad_scale, found_inf, max_grad_norm, skip_nonfinite
         )
 
@@ -63,11 +73,13 @@ class BackendInfo:
         device_types: the torch device types it serves; empty means all.
         why_not: why it is not available here, with what would make it so, or None.
         make: makes the backend.
+        in_auto: whether "auto" considers it for a device type; asked first.
     """
 
     device_types: Callable[[], tuple[str, ...]]
     why_not: Callable[[], str | None]
     make: Callable[[], Backend]
+    in_auto: Callable[[str], bool] = lambda device_type: True
 
 
 def _no_cuda() -> str | None:
@@ -82,10 +94,66 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def _extension_backend() -> Backend:
+    return OperatorBackend(torch.ops.maxva)
+
+
+def _import_triton_kernels() -> Any:
+    return importlib.import_module("maxva_kernels.triton_kernels")
+
+
+@functools.cache
+def _no_triton_kernels() -> str | None:
+    try:
+        # not find_spec: any folder called triton would pass for the package
+        importlib.import_module("triton.language")
+        _import_triton_kernels()
+    except Exception as error:  # a broken installation may raise anything
+        return (
+            f"Triton does not load ({type(error).__name__}: {error}); install one that this "
+            f"torch works with: pip install triton"
+        )
+    return None
+
+
+def _interpreted() -> bool:
+    return _no_triton_kernels() is None and bool(_import_triton_kernels().INTERPRETED)
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return ("cpu",) if _interpreted() else ("cuda",)  # "cuda" is torch's name for ROCm, too
+
+
+def _no_triton() -> str | None:
+    if reason := _no_triton_kernels():
+        return reason
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device; TRITON_INTERPRET=1 runs it slowly on the CPU"
+    return _no_triton_driver()
+
+
+@functools.cache
+def _no_triton_driver() -> str | None:
+    try:
+        # compiles Triton's launcher, which needs a C compiler
+        importlib.import_module("triton.runtime.driver").driver.active  # noqa: B018
+    except Exception as error:
+        return f"Triton has no usable driver here: {type(error).__name__}: {error}"
+    return None
+
+
 #: In order of preference for "auto".
 BACKENDS: dict[str, BackendInfo] = {
-    "cuda": BackendInfo(lambda: ("cuda",), _no_cuda, ExtensionBackend),
-    "cpu": BackendInfo(lambda: ("cpu",), _extension.why_not, ExtensionBackend),
+    "cuda": BackendInfo(lambda: ("cuda",), _no_cuda, _extension_backend),
+    "triton": BackendInfo(
+        _triton_devices,
+        _no_triton,
+        lambda: OperatorBackend(_import_triton_kernels()),
+        in_auto=lambda device_type: device_type == "cuda",  # the interpreter is for tests
+    ),
+    "cpu": BackendInfo(lambda: ("cpu",), _extension.why_not, _extension_backend),
     "eager": BackendInfo(lambda: (), lambda: None, EagerBackend),
 }
 
@@ -139,7 +207,9 @@ def find_backend(name: str, device_type: str) -> Backend:
         name = next(
             candidate
             for candidate, info in BACKENDS.items()
-            if _serves(candidate, device_type) and info.why_not() is None
+            if info.in_auto(device_type)
+            and _serves(candidate, device_type)
+            and info.why_not() is None
         )
         if device_type == "cuda" and (reason := BACKENDS["cuda"].why_not()):
             _warn_without_cuda(name, reason)

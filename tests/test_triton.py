@@ -1,0 +1,550 @@
+"""The Triton backend on CPU tensors, interpreted: results, traversal, tables, checks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exactness import FUSED, KEYS, check_step, params_of, realistic_problem, same_bits, snapshot
+from interpreted import interpreted
+from torch import Tensor
+from torch.nn import Parameter
+
+import maxva_kernels
+from maxva_kernels.backends import find_backend
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+CHUNK = 4096
+FLOATS = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "decoupled_clipped_nesterov": {"weight_decay": 0.1, "max_grad_norm": 0.5, "nesterov": True},
+    "l2_amsgrad": {"weight_decay": 0.125, "adam_w_mode": False, "amsgrad": True},
+    "maximize_inside": {"maximize": True, "eps_inside_sqrt": True, "bias_correction": False},
+    "lamb": {"trust_ratio": True, "weight_decay": 0.01},
+    "lamb_amsgrad_l2": {
+        "trust_ratio": True, "weight_decay": 0.125, "amsgrad": True, "adam_w_mode": False,
+    },
+    "alpha_0_beta_high_1": {"betas": (0.0, 1.0), "eps": 0.0},
+    "equal_betas": {"betas": (0.9, 0.98), "beta_min": 0.98, "delta": 0.0},
+}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def kernels() -> Any:
+    """The package under test."""
+    from maxva_kernels import triton_kernels
+
+    return triton_kernels
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def run_golden(case: str, dtype: torch.dtype) -> Any:
+    """Runs a golden case; yields per tensor the path of theta, our states, theirs, the options."""
+    options = dict(CASES[case])
+    algorithm = {"FusedMAdam": "madam", "FusedLaMAdam": "lamadam"}[options.pop("optimizer")]
+    data = np.load(GOLDEN / f"{case}.npz")
+    params = [Parameter(torch.tensor(data[f"param0_{k}"], dtype=dtype)) for k in range(3)]
+    opt = FUSED[algorithm](params, backend="triton", **options)
+    path: list[list[np.ndarray]] = [[], [], []]
+    for t, lr in enumerate(data["lr"]):
+        opt.param_groups[0]["lr"] = float(lr)
+        for k, p in enumerate(params):
+            p.grad = torch.tensor(data[f"grads_{k}"][t], dtype=dtype)
+        opt.step()
+        for k, p in enumerate(params):
+            path[k].append(p.detach().double().numpy().copy())
+    for k, p in enumerate(params):
+        ours = {s: opt.state[p][key].double().numpy() for s, key in KEYS.items() if s != "vmax"}
+        theirs = {name: data[f"{name}_{k}"] for name in ("params", "m", "u", "v", "w")}
+        yield np.stack(path[k]), ours, theirs, options
+
+
+@pytest.mark.parametrize("case", CASES)
+@interpreted
+def test_golden_trajectory_in_float64(case: str) -> None:
+    for path, ours, theirs, _ in run_golden(case, torch.float64):
+        np.testing.assert_allclose(path, theirs["params"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(ours["m"], theirs["m"], rtol=1e-9, atol=0)
+        for x in "uv":
+            np.testing.assert_allclose(
+                ours[x] / ours["w"], theirs[x] / theirs["w"], rtol=1e-9, atol=0
+            )
+
+
+@pytest.mark.parametrize("case", CASES)
+@interpreted
+def test_golden_trajectory_in_float32(case: str) -> None:
+    l2 = not CASES[case]["adam_w_mode"]
+    m_bound, u_bound, v_bound = (5e-4, 5e-4, 1e-3) if l2 else (3e-5, 5e-5, 2e-4)
+    for path, ours, theirs, _ in run_golden(case, torch.float32):
+        np.testing.assert_allclose(path, theirs["params"], rtol=0, atol=1e-5)
+        assert np.abs(ours["m"] - theirs["m"]).max() <= m_bound * np.abs(theirs["m"]).max()
+        vhat = theirs["v"] / theirs["w"]
+        error = np.abs(ours["u"] / ours["w"] - theirs["u"] / theirs["w"])
+        assert (error <= u_bound * np.sqrt(vhat)).all()
+        np.testing.assert_allclose(ours["v"] / ours["w"], vhat, rtol=v_bound, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["madam", "lamadam"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@interpreted
+def test_one_step_by_the_rule(options: dict[str, Any], algorithm: str) -> None:
+    for history in (0, 5):
+        problem = realistic_problem(
+            [(33,), (0,), (7, 61), ()], algorithm, history=history, **options
+        )
+        check_step(problem, "triton")
+
+
+@pytest.mark.parametrize("algorithm", ["madam", "lamadam"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@interpreted
+def test_dtypes_by_the_rule(dtype: torch.dtype, algorithm: str) -> None:
+    """Parameters of one dtype with gradients of every dtype, in one group."""
+    problem = realistic_problem(
+        [(129,), (5, 7), (), (33,)],
+        algorithm,
+        dtype=dtype,
+        grad_dtype=list(FLOATS.values()),
+        weight_decay=0.1,
+    )
+    check_step(problem, "triton", grad_scale=4.0)
+
+
+def fused_multiply_add_is_fused() -> bool:
+    """Whether this interpreter rounds tl.fma once; see Note [Rounding] in maxva_math.py."""
+    import triton
+    import triton.runtime.interpreter as interpreter
+
+    x = np.array([1 + 2.0**-12], np.float32)
+    handle = interpreter.TensorHandle(x, triton.language.float32)
+    minus = interpreter.TensorHandle(-(x * x), triton.language.float32)
+    return bool(interpreter.InterpreterBuilder().create_fma(handle, handle, minus).data[0] != 0)
+
+
+@pytest.mark.parametrize("algorithm", ["madam", "lamadam"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@interpreted
+def test_same_bits_as_the_cpp_kernel(
+    options: dict[str, Any], dtype: torch.dtype, algorithm: str
+) -> None:
+    if not fused_multiply_add_is_fused():
+        pytest.skip("this Triton's interpreter rounds tl.fma twice")
+    from maxva_kernels import _C
+
+    if _C.cpu_isa() == "baseline":
+        pytest.skip("this processor's C++ kernels round a multiplication and addition twice")
+    # a norm is a sum, whose order is a backend's own
+    options = {k: x for k, x in options.items() if k not in ("max_grad_norm", "trust_ratio")}
+    if dtype == torch.float64:
+        options["bias_correction"] = False  # alpha^t is rounded by another library
+    problem = realistic_problem(
+        [(300,), (4, 65)], algorithm, dtype=dtype, master_weights=True, **options
+    )
+    outcome = []
+    for backend in ("triton", "cpu"):
+        opt = problem.optimizer(backend)
+        opt.step()
+        outcome.append(snapshot(opt))
+    assert same_bits(*outcome)
+
+
+# --- traversal -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_ratio": True, "weight_decay": 0.1}], ids=str)
+@interpreted
+def test_chunk_edges(options: dict[str, Any]) -> None:
+    """Every element of tensors around whole chunks is updated once, whatever lies beside it."""
+    shapes = [(0,), (CHUNK - 1,), (CHUNK,), (1,), (CHUNK + 1,), (2 * CHUNK,), (0,)]
+    check_step(realistic_problem(shapes, **options), "triton")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@interpreted
+def test_alignment_does_not_matter(dtype: torch.dtype, layout: str) -> None:
+    problem = realistic_problem([(CHUNK,), (CHUNK + 3,), (7,)], dtype=dtype, amsgrad=True)
+    aligned = problem.optimizer("triton")
+    misaligned = problem.optimizer("triton", layout=layout, grad_layout="misaligned")
+    assert all(p.grad.data_ptr() % 16 for p in params_of(misaligned))
+    aligned.step()
+    misaligned.step()
+    assert same_bits(snapshot(aligned), snapshot(misaligned))
+
+
+@pytest.mark.parametrize(
+    ("layout", "grad_layout"),
+    [("transposed", "contiguous"), ("contiguous", "transposed"), ("gappy", "contiguous"),
+     ("contiguous", "expanded"), ("rows", "gappy")],
+)  # fmt: skip
+@interpreted
+def test_layouts(layout: str, grad_layout: str) -> None:
+    problem = realistic_problem([(6, 9), (31, 2)])
+    plain = problem.with_gradients([g[:1].expand(g.shape).clone() for g in problem.g])
+    expected = plain.optimizer("triton")
+    opt = plain.optimizer("triton", layout=layout, grad_layout=grad_layout)
+    for _ in range(2):
+        expected.step()
+        opt.step()
+    assert same_bits(snapshot(expected)["params"], snapshot(opt)["params"])
+    assert same_bits(snapshot(expected)["states"], snapshot(opt)["states"])
+
+
+@interpreted
+def test_several_groups_with_different_options() -> None:
+    """Each tensor has its own group's scalars, lr tensors of any dtype included."""
+    lrs = [0.1, torch.tensor(0.25), torch.tensor([0.5], dtype=torch.float64),
+           torch.tensor(0.125, dtype=torch.bfloat16)]  # fmt: skip
+
+    def make(backend: str) -> torch.optim.Optimizer:
+        torch.manual_seed(0)
+        groups = [
+            {"params": [Parameter(torch.randn(5)) for _ in range(k + 1)], "lr": lr, "eps": 10.0**-k}
+            for k, lr in enumerate(lrs)
+        ]
+        opt = FUSED["madam"](groups, backend=backend, weight_decay=0.1)
+        for p in params_of(opt):
+            p.grad = torch.randn(5)
+        return opt
+
+    opt, reference = make("triton"), make("eager")
+    for _ in range(2):
+        opt.step()
+        reference.step()
+    for p, q in zip(params_of(opt), params_of(reference), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@interpreted
+def test_skipped_step_changes_nothing(options: dict[str, Any]) -> None:
+    problem = realistic_problem([(40,), (3, 5)], dtype=torch.bfloat16, **options)
+    opt = problem.optimizer("triton")
+    opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(2.0)
+    before = snapshot(opt)
+    opt.step()
+    assert same_bits(before, snapshot(opt))
+    opt.found_inf = torch.tensor(0.0)
+    opt.step()
+    after = snapshot(opt)
+    assert all(not same_bits(a, b) for a, b in zip(before["grads"], after["grads"], strict=True))
+    assert all(
+        b["step"] == a["step"] + 1 for a, b in zip(before["states"], after["states"], strict=True)
+    )
+
+
+@interpreted
+def test_sum_of_squares() -> None:
+    """Mixed dtypes, gaps, more than a chunk, values beyond float32's range; same bits again."""
+    torch.manual_seed(0)
+    g = [
+        torch.randn(40000),
+        torch.randn(3, 5).bfloat16(),
+        torch.randn(0),
+        torch.randn(17, 3).half()[:, 1],
+        torch.randn(16384, dtype=torch.float64) * 1e30,
+        torch.randn(9)[1:],
+    ]
+    expected = math.fsum(x * x for tensor in g for x in tensor.double().flatten().tolist())
+    found = kernels().sum_of_squares(g)
+    assert found.dtype == torch.float64
+    assert found.shape == (1,)
+    assert abs(found.item() / expected - 1) < 1e-13
+    assert same_bits(found, kernels().sum_of_squares(g))
+    assert kernels().sum_of_squares([torch.zeros(0)]).item() == 0
+    assert math.isinf(kernels().sum_of_squares([torch.tensor([1.0, -math.inf])]).item())
+    assert math.isnan(kernels().sum_of_squares([torch.tensor([1.0, math.nan])]).item())
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 7.0, 1e39, math.inf, math.nan])
+@pytest.mark.parametrize("max_grad_norm", [0.1, 1.0, math.inf])
+@pytest.mark.parametrize("scale", [None, 3.0])
+@pytest.mark.parametrize("found_inf", [None, 0.0, 2.0])
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@interpreted
+def test_control_block(
+    norm: float, max_grad_norm: float, scale: Any, found_inf: Any, skip_nonfinite: bool
+) -> None:
+    square = torch.tensor([norm * norm], dtype=torch.float64)
+    controls = []
+    for backend in ("triton", "eager"):
+        control = torch.full((3,), -1.0, dtype=torch.float64)
+        find_backend(backend, "cpu").write_control(
+            control,
+            square,
+            None if scale is None else torch.tensor(scale),
+            None if found_inf is None else torch.tensor(found_inf),
+            max_grad_norm,
+            skip_nonfinite,
+        )
+        controls.append(control)
+    torch.testing.assert_close(*controls, rtol=1e-15, atol=0, equal_nan=True)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def move_data(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    p.data = p.data.clone()
+
+
+def transpose_in_place(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    p.data = p.data.t()  # same address, same sizes, other strides
+    p.grad = p.grad.t().contiguous()
+
+
+def narrow_in_place(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    """Leaves the address as it is."""
+    p.data = p.data[:3]
+    p.grad = p.grad[:3]
+    for key in ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight"):
+        opt.state[p][key] = opt.state[p][key][:3]
+
+
+def replace_state(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    opt.state[p]["maxva_weight"] = opt.state[p]["maxva_weight"] * 0.5
+
+
+def restart(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    opt.state[p]["step"] = torch.zeros(())
+
+
+def change_hyper_parameters(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    opt.param_groups[0].update(weight_decay=0.5, betas=(0.5, 0.9), lr=0.03)
+
+
+def drop_gradient(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    p.grad = None
+
+
+def reinterpret(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    p.data = p.data.view(torch.float16)  # same address, same sizes, same layout
+    p.grad_dtype = None
+
+
+def add_group(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    q = Parameter(torch.ones(4))
+    q.grad = torch.ones(4)
+    opt.add_param_group({"params": [q], "lr": 1.0})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [move_data, transpose_in_place, narrow_in_place, replace_state, restart,
+     change_hyper_parameters, drop_gradient, reinterpret, add_group],
+)  # fmt: skip
+@interpreted
+def test_no_stale_table(change: Any) -> None:
+    """What a step reads is what is there now: the same as a backend that keeps nothing."""
+    dtype = torch.bfloat16 if change is reinterpret else torch.float32
+    problem = realistic_problem([(6, 6), (6, 6), (9,)], dtype=dtype)
+    outcome = []
+    for backend in ("triton", "cpu" if has_extension() else "eager"):
+        opt = problem.optimizer(backend)
+        for _ in range(2):
+            opt.step()
+        change(params_of(opt)[1], opt)
+        for _ in range(2):
+            opt.step()
+        outcome.append(snapshot(opt))
+    for ours, theirs in zip(outcome[0]["params"], outcome[1]["params"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for ours, theirs in zip(outcome[0]["states"], outcome[1]["states"], strict=True):
+        assert ours["step"] == theirs["step"]
+
+
+@interpreted
+def test_tables_end_with_their_optimizer() -> None:
+    from maxva_kernels.triton_kernels import operators
+
+    before = len(operators._update_tables)
+    opt = realistic_problem([(5,)]).optimizer("triton")
+    opt.step()
+    assert len(operators._update_tables) == before + 1
+    del opt
+    assert len(operators._update_tables) == before
+
+
+@interpreted
+def test_equal_steps_copy_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients and hyper-parameters where they were, no word travels to the device."""
+    from maxva_kernels.triton_kernels import tables
+
+    opt = realistic_problem([(5,), (6, 2)], max_grad_norm=1.0).optimizer("triton")
+    opt.step()
+    copies = []
+    copy = tables.Uploads.copy
+    monkeypatch.setattr(
+        tables.Uploads, "copy", lambda self, *args: copies.append(args) or copy(self, *args)
+    )
+    opt.step()
+    assert not copies
+    opt.param_groups[0]["lr"] *= 0.5
+    opt.step()
+    assert len(copies) == 1
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments of update_ for two tensors in one group, with changes."""
+    torch.manual_seed(0)
+    lists = {name: [torch.rand(3, 2), torch.rand(4)] for name in ("theta", "g", "m", "u", "v", "w")}
+    return {
+        **lists,
+        "vmax": [], "master": [], "step": [torch.zeros(()), torch.zeros(())], "group_step": [],
+        "group_sizes": [2], "lr": [None],
+        "hyper": [0.1, 0.9, 0.5, 0.999, 0.999, 1e-8, 0.0, 1e-16, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+        "control": None, "grad_scale": None, "norms": None, "algorithm": "madam", "phase": 0,
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"algorithm": "adam"}, ValueError, "algorithm"),
+        ({"phase": 3}, ValueError, "phase"),
+        ({"g": [torch.rand(3, 2)]}, ValueError, "2 parameters, but 1 gradients"),
+        ({"u": []}, ValueError, r"2 parameters, but 0 of maxva_avg \(u\)"),
+        ({"vmax": [torch.rand(3, 2)]}, ValueError, "max_exp_avg_sq"),
+        ({"hyper": [0.1]}, ValueError, "hyper-parameters"),
+        ({"lr": [torch.rand(2)]}, ValueError, "lr must have one element"),
+        ({"group_step": [torch.zeros(1), torch.zeros(1)]}, ValueError, "group steps"),
+        ({"group_sizes": [1]}, ValueError, "add up to 1"),
+        ({"group_sizes": [3, -1]}, ValueError, "."),
+        ({"control": torch.zeros(3)}, ValueError, "control must be float64"),
+        ({"grad_scale": torch.ones(2)}, ValueError, "grad_scale must have one element"),
+        ({"phase": 1}, ValueError, r"norms must be float64 \[2, 2\]"),
+        ({"g": [torch.rand(3, 2), torch.rand(5)]}, ValueError, r"gradient\[1\] has shape \[5\]"),
+        ({"g": [torch.rand(3, 2), torch.rand(4, device="meta")]}, ValueError, "is on meta"),
+        ({"g": [torch.rand(3, 2), torch.ones(4, dtype=torch.int32)]}, TypeError, "int32"),
+        ({"g": [torch.rand(3, 2), torch.ones(4).to_sparse()]}, TypeError, "only dense"),
+        ({"theta": [torch.rand(3, 2), torch.rand(1).expand(4)]}, ValueError, "clone it first"),
+        ({"w": [torch.rand(3, 2), torch.rand(4).half()]}, TypeError, "maxva_weight"),
+        ({"theta": [torch.rand(3, 2).double(), torch.rand(4)]}, TypeError, "float64"),
+        ({"step": [torch.zeros(()), torch.zeros(2)]}, ValueError, "step must have one element"),
+        ({"step": [torch.zeros(()), torch.zeros((), dtype=torch.int32)]}, TypeError, "step must"),
+    ],
+)
+@interpreted
+def test_refusal_changes_nothing(changes: dict[str, Any], error: type, words: str) -> None:
+    given = arguments(**changes)
+    before = [
+        (tensor, tensor.clone())
+        for value in given.values()
+        if isinstance(value, list)
+        for tensor in value
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided
+    ]
+    with pytest.raises(error, match=words):
+        kernels().update_(**given)
+    assert all(same_bits(tensor, copy) for tensor, copy in before if tensor.device.type == "cpu")
+    kernels().update_(**arguments())  # and an accepted call is accepted afterwards
+
+
+@interpreted
+def test_version_counters() -> None:
+    given = arguments(grad_scale=torch.tensor(2.0))
+    before = [tensor._version for tensor in (*given["theta"], *given["g"])]
+    kernels().update_(**given)
+    after = [tensor._version for tensor in (*given["theta"], *given["g"])]
+    assert all(b > a for a, b in zip(before, after, strict=True))
+
+
+# --- availability --------------------------------------------------------------------------------
+
+
+def has_extension() -> bool:
+    return maxva_kernels.backends()["cpu"] == "available"
+
+
+@interpreted
+def test_interpreter_is_for_those_who_ask() -> None:
+    assert maxva_kernels.backends()["triton"] == "available"
+    auto = find_backend("auto", "cpu")
+    assert auto is find_backend("cpu" if has_extension() else "eager", "cpu")
+    assert auto is not find_backend("triton", "cpu")
+    with pytest.raises(ValueError, match="does not serve"):
+        find_backend("triton", "cuda")
+
+
+def run_python(code: str, folder: Path, **variables: str) -> str:
+    """What a fresh interpreter prints, started in a folder that is first on its path."""
+    import os
+    import subprocess
+    import sys
+
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+REPORT = "import maxva_kernels; print(maxva_kernels.backends()['triton'])"
+
+
+def test_missing_triton_is_reported(tmp_path: Path) -> None:
+    """A folder that happens to be called triton is no Triton."""
+    (tmp_path / "triton").mkdir()
+    hide = (
+        "from importlib.machinery import PathFinder\n"
+        "class Folder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        return PathFinder.find_spec(name, [{str(tmp_path)!r}]) if name == 'triton' "
+        "else None\n"
+        "sys.meta_path.insert(0, Folder)\n"
+    )
+    found = run_python(f"{hide}import triton; {REPORT}", tmp_path)
+    assert "Triton does not load" in found
+    assert "triton.language" in found
+    assert "pip install triton" in found
+
+
+def test_broken_triton_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libtriton.so: no such file')")
+    assert "OSError: libtriton.so: no such file" in run_python(REPORT, tmp_path)
+
+
+def test_triton_without_driver_is_reported(tmp_path: Path) -> None:
+    code = (
+        "import torch, triton.backends\n"
+        "triton.backends.backends.clear()\n"
+        "torch.cuda.is_available = lambda: True\n" + REPORT
+    )
+    assert "no usable driver" in run_python(code, tmp_path)
+
+
+def test_auto_on_the_cpu_does_not_import_the_kernels(tmp_path: Path) -> None:
+    code = (
+        "import sys, maxva_kernels, torch\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "maxva_kernels.FusedMAdam([p]).step()\n"
+        "print('maxva_kernels.triton_kernels' in sys.modules)"
+    )
+    assert run_python(code, tmp_path) == "False\n"

@@ -1,0 +1,193 @@
+"""What the Triton kernels compile to, without a GPU: width of accesses, rounding, spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maxva_kernels.backends import _no_triton_kernels
+
+if reason := _no_triton_kernels():
+    pytest.skip(reason, allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel is not compiled", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from maxva_kernels.triton_kernels import multi_tensor_apply as mta
+from maxva_kernels.triton_kernels import norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {tl.float32: "*fp32", tl.float64: "*fp64", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
+#: Bits that one access of the main path moves at least, per kind of element.
+WIDE = r"\.(v4\.b32|v8\.b32|v2\.b64|v4\.b64|b128)"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "madam": {},
+    "lamadam_amsgrad": {"algorithm": 1, "amsgrad": True},
+    "grad_scale": {"scale": True},
+    "bf16": {"theta": tl.bfloat16, "g": tl.bfloat16},
+    "fp16_master": {"theta": tl.float16, "g": tl.float16, "master": True},
+    "fp64": {"theta": tl.float64, "g": tl.float64},
+    "fp64_amsgrad_scale": {"theta": tl.float64, "g": tl.float64, "amsgrad": True, "scale": True},
+    "states": {"phase": 1},
+    "parameters": {"phase": 2},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compiles what is here now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton_cache")))
+        yield
+
+
+def compiled(kernel: Any, capability: int, pointers: dict[str, str | None],
+             constants: dict[str, Any], **scalars: str) -> Any:  # fmt: skip
+    """The kernel for one GPU; a pointer of type None is an argument that is None."""
+    signature = {
+        name: pointers[name] or "constexpr" if name in pointers else scalars.get(name, "constexpr")
+        for name in kernel.arg_names
+    }
+    values = {**constants, **{name: None for name, kind in pointers.items() if kind is None}}
+    return triton.compile(
+        ASTSource(kernel, signature, values),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": mta.NUM_WARPS, "enable_fp_fusion": False},
+    )
+
+
+def compiled_update(capability: int, theta: Any = tl.float32, g: Any = tl.float32,
+                    algorithm: int = 0, amsgrad: bool = False, master: bool = False,
+                    scale: bool = False, phase: int = 0) -> Any:  # fmt: skip
+    compute = tl.float64 if theta == tl.float64 else tl.float32
+    return compiled(
+        mta.update_kernel,
+        capability,
+        {
+            "rows": "*i64", "g_addresses": "*i64", "chunk_tensor": "*i32",
+            "scalars": POINTERS[compute], "control": "*fp64",
+            "grad_scale": "*fp32" if scale else None, "sums": "*fp64" if phase == 1 else None,
+        },
+        {
+            "THETA_DTYPE": theta, "G_DTYPE": g, "T": compute, "ALGORITHM": algorithm,
+            "AMSGRAD": amsgrad, "HAS_MASTER": master, "PHASE": phase,
+        },
+    )  # fmt: skip
+
+
+def check_resources(kernel: Any, folder: Path) -> None:
+    """Neither stack nor local memory: nothing is spilled."""
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    assert tool, "no cuobjdump, neither in Triton nor on the path"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"REG:\d+ STACK:0 SHARED:\d+ LOCAL:0", usage), usage
+
+
+def check_rounding(ptx: str) -> None:
+    assert not re.findall(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt|rcp)[\w.]*", ptx)
+    assert ".ftz" not in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_update(variant: dict[str, Any], capability: int, tmp_path: Path) -> None:
+    kernel = compiled_update(capability, **variant)
+    ptx = kernel.asm["ptx"]
+    check_rounding(ptx)
+    assert re.search(r"\bdiv\.rn\.", ptx)
+    assert re.search(r"\bsqrt\.rn\.", ptx)
+    phase = variant.get("phase", 0)
+    states = 5 if variant.get("amsgrad") else 4
+    # theta and the states; the parameters' phase does without u
+    read = 1 + states - (phase == 2)
+    written = {0: 1 + states, 1: states, 2: 1}[phase]
+    # there are two main paths, and g is aligned in one of them
+    assert len(re.findall(rf"ld\.global[\w.]*{WIDE}", ptx)) >= 2 * read + 1
+    assert len(re.findall(rf"st\.global[\w.]*{WIDE}", ptx)) >= 2 * written
+    check_resources(kernel, tmp_path)
+
+
+def test_main_path_has_no_narrow_access() -> None:
+    """Narrow accesses are those of the tail, of the misaligned gradient and of the tables."""
+    ptx = compiled_update(90).asm["ptx"]
+    narrow_stores = len(re.findall(r"st\.global\.b32", ptx))
+    wide_stores = len(re.findall(r"st\.global\.v4\.b32", ptx))
+    # 5 lists; 2 wide stores of 4 elements or 8 narrow ones per thread; 2 wide paths, 1 narrow
+    assert (wide_stores, narrow_stores) == (2 * 5 * 2, 5 * 8)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("g", POINTERS, ids=[str(g) for g in POINTERS])
+def test_norm(g: Any, capability: int, tmp_path: Path) -> None:
+    kernel = compiled(
+        norm.sum_of_squares_kernel,
+        capability,
+        {"rows": "*i64", "g_addresses": "*i64", "chunk_tensor": "*i32", "partial": "*fp64"},
+        {"G_DTYPE": g},
+    )
+    assert re.search(rf"ld\.global[\w.]*{WIDE}", kernel.asm["ptx"])
+    check_resources(kernel, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("scalars", ["*fp32", "*fp64"])
+@pytest.mark.parametrize("given", [True, False], ids=["all_given", "none_given"])
+def test_small_kernels(given: bool, scalars: str, capability: int, tmp_path: Path) -> None:
+    def optional(kind: str) -> str | None:
+        return kind if given else None
+
+    kernels = [
+        compiled(
+            mta.make_scalars_kernel,
+            capability,
+            {"rows": "*i64", "hyper": "*i64", "lr_kinds": "*i64", "lr_words": "*i64",
+             "control": optional("*fp64"), "norms": optional("*fp64"), "scalars": scalars},
+            {},
+            num_tensors="i32",
+        ),
+        compiled(
+            mta.count_kernel,
+            capability,
+            {"steps": "*i64", "group_steps": "*i64", "control": optional("*fp64")},
+            {},
+            num_steps="i32",
+            num_group_steps="i32",
+        ),
+        compiled(
+            mta.add_sums_kernel,
+            capability,
+            {"rows": "*i64", "sums": "*fp64", "control": optional("*fp64"), "norms": "*fp64"},
+            {},
+        ),
+        compiled(
+            norm.add_partial_sums_kernel,
+            capability,
+            {"partial": "*fp64", "result": "*fp64"},
+            {},
+            num_partial="i32",
+        ),
+        compiled(
+            norm.write_control_kernel,
+            capability,
+            {"control": "*fp64", "sum_of_squares": optional("*fp64"),
+             "grad_scale": optional("*fp32"), "found_inf": optional("*fp32")},
+            {"SKIP_NONFINITE": given},
+            max_grad_norm_bits="i64",
+        ),
+    ]  # fmt: skip
+    for kernel in kernels:
+        assert not re.findall(r"\b(?:div\.full|div\.approx|sqrt\.approx)", kernel.asm["ptx"])
+        check_resources(kernel, tmp_path)

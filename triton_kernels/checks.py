@@ -1,0 +1,255 @@
+"""Every check of the operators' arguments, as csrc/bindings.cpp makes it, and its Note [Layouts].
+
+All of it before a kernel runs: nothing has been changed when one of these raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HYPER_FIELDS = 14
+CONTROL_FIELDS = 3
+
+#: Names in messages.
+NAMES = {
+    "m": "exp_avg (m)",
+    "u": "maxva_avg (u)",
+    "v": "exp_avg_sq (v)",
+    "w": "maxva_weight (w)",
+    "vmax": "max_exp_avg_sq (vmax)",
+    "master": "master_param",
+}
+
+
+@dataclass(slots=True)
+class TensorLists:
+    """One step's tensors: element i of every list belongs to parameter i; vmax, master or empty."""
+
+    theta: Sequence[Tensor]
+    g: Sequence[Tensor]
+    m: Sequence[Tensor]
+    u: Sequence[Tensor]
+    v: Sequence[Tensor]
+    w: Sequence[Tensor]
+    vmax: Sequence[Tensor]
+    master: Sequence[Tensor]
+    step: Sequence[Tensor]
+    group_step: Sequence[Tensor]
+    group_sizes: Sequence[int]
+
+    def states(self) -> dict[str, Sequence[Tensor]]:
+        """The lists that are written in the compute type."""
+        return {name: getattr(self, name) for name in NAMES}
+
+
+def check_dtype(tensor: Tensor, name: str, i: int) -> None:
+    """Raises TypeError unless it is a dense tensor of a supported dtype."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"maxva: {name}[{i}] is {tensor.dtype}; float32, float64, bfloat16 and float16 are "
+            f"supported"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"maxva: {name}[{i}] is {tensor.layout}; only dense (strided) tensors are supported"
+        )
+
+
+def check_like_parameter(tensor: Tensor, theta: Tensor, name: str, i: int) -> None:
+    """Raises unless its shape and device are theta's."""
+    check_dtype(tensor, name, i)
+    if tensor.shape != theta.shape:
+        raise ValueError(
+            f"maxva: {name}[{i}] has shape {list(tensor.shape)}, its parameter has "
+            f"{list(theta.shape)}"
+        )
+    if tensor.device != theta.device:
+        raise ValueError(
+            f"maxva: {name}[{i}] is on {tensor.device}, its parameter is on {theta.device}"
+        )
+
+
+def check_one_element(
+    tensor: Tensor | None, name: str, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Raises unless it is None or has one element of `dtype` (None: any) on the device."""
+    if tensor is None:
+        return
+    if tensor.numel() != 1:
+        raise ValueError(f"maxva: {name} must have one element, has {tensor.numel()}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"maxva: {name} must be {dtype}, is {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"maxva: {name} is on {tensor.device}, the parameters are on {device}")
+
+
+def check_control(control: Tensor | None, device: torch.device) -> None:
+    """Raises unless it is None or a control block on the device."""
+    if control is not None and not (
+        control.numel() == CONTROL_FIELDS
+        and control.is_contiguous()
+        and control.dtype == torch.float64
+        and control.device == device
+    ):
+        raise ValueError(f"maxva: control must be float64 [{CONTROL_FIELDS}] on {device}")
+
+
+def check_gradients(g: Sequence[Tensor]) -> None:
+    """What sum_of_squares asks of its tensors."""
+    for i, tensor in enumerate(g):
+        check_dtype(tensor, "gradient", i)
+        if tensor.device != g[0].device:
+            raise ValueError(
+                f"maxva: gradient {i} is on {tensor.device}, gradient 0 is on {g[0].device}"
+            )
+
+
+def check_arguments(
+    lists: TensorLists,
+    hyper: Sequence[float],
+    lr: Sequence[Tensor | None],
+    control: Tensor | None,
+    grad_scale: Tensor | None,
+    norms: Tensor | None,
+    phase: int,
+) -> None:
+    """What is not per tensor: cheap enough for every step."""
+    n, groups, device = len(lists.theta), len(lists.group_sizes), lists.theta[0].device
+    if not 0 <= phase <= 2:
+        raise ValueError(f"maxva: phase must be 0, 1 or 2, is {phase}")
+    if len(lists.g) != n or len(lists.step) != n:
+        raise ValueError(
+            f"maxva: {n} parameters, but {len(lists.g)} gradients and {len(lists.step)} step "
+            f"counters"
+        )
+    for name, tensors in lists.states().items():
+        if len(tensors) != n and not (name in ("vmax", "master") and not tensors):
+            raise ValueError(f"maxva: {n} parameters, but {len(tensors)} of {NAMES[name]}")
+    if len(hyper) != groups * HYPER_FIELDS or len(lr) != groups:
+        raise ValueError(
+            f"maxva: {groups} groups need {groups * HYPER_FIELDS} hyper-parameters and {groups} "
+            f"learning rates, got {len(hyper)} and {len(lr)}"
+        )
+    if lists.group_step and len(lists.group_step) != groups:
+        raise ValueError(f"maxva: {groups} groups, but {len(lists.group_step)} group steps")
+    for k, size in enumerate(lists.group_sizes):
+        if size < 0:
+            raise ValueError(f"maxva: group_sizes[{k}] is negative")
+    if sum(lists.group_sizes) != n:
+        raise ValueError(
+            f"maxva: group_sizes add up to {sum(lists.group_sizes)}, there are {n} parameters"
+        )
+    for tensor in lr:
+        check_one_element(tensor, "lr", None, device)
+    check_one_element(grad_scale, "grad_scale", None, device)
+    check_control(control, device)
+    if phase != 0 and not (
+        norms is not None
+        and norms.shape == (n, 2)
+        and norms.dtype == torch.float64
+        and norms.is_contiguous()
+        and norms.device == device
+    ):
+        raise ValueError(f"maxva: norms must be float64 [{n}, 2] on {device}")
+
+
+def check_tensors(lists: TensorLists) -> None:
+    """What is per tensor: needed only where a tensor is not as it was in an earlier step."""
+    device = lists.theta[0].device
+    for i, theta in enumerate(lists.theta):
+        check_dtype(theta, "parameter", i)
+        if theta.device != device:
+            raise ValueError(
+                f"maxva: parameter {i} is on {theta.device}, parameter 0 is on {device}"
+            )
+        dims = zip(theta.shape, theta.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in dims):
+            raise ValueError(
+                f"maxva: parameter {i} of shape {list(theta.shape)} and strides "
+                f"{list(theta.stride())} has elements that share memory (an expanded tensor); "
+                f"clone it first"
+            )
+        check_like_parameter(lists.g[i], theta, "gradient", i)
+        state_dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+        for name, tensors in lists.states().items():
+            if not tensors:
+                continue
+            check_like_parameter(tensors[i], theta, NAMES[name], i)
+            if tensors[i].dtype != state_dtype:
+                raise TypeError(
+                    f"maxva: {NAMES[name]}[{i}] is {tensors[i].dtype}, must be {state_dtype} for "
+                    f"a parameter of {theta.dtype}"
+                )
+        check_one_element(lists.step[i], "step", torch.float32, device)
+    for step in lists.group_step:
+        check_one_element(step, "group step", torch.int32, device)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a piece of memory, each once."""
+    expected = 1
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] != 1):
+        if stride != expected and tensor.numel():
+            return False
+        expected *= size
+    return True
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return all(
+        size <= 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+class LayoutFitter:
+    """Note [Layouts] in csrc/bindings.cpp: what is not laid out as its parameter is copied.
+
+    Attributes:
+        lists: the tensors a kernel may walk.
+    """
+
+    def __init__(self, lists: TensorLists, gradient_written: bool) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        fitted = {field.name: list(getattr(lists, field.name)) for field in fields(lists)}
+        for i, theta in enumerate(lists.theta):
+            if not is_dense(theta):
+                fitted["theta"][i] = self._copied_back(theta, theta.contiguous())
+            theta = fitted["theta"][i]
+            fitted["g"][i] = self._like(theta, lists.g[i], gradient_written)
+            for name, tensors in lists.states().items():
+                if tensors:
+                    fitted[name][i] = self._like(theta, tensors[i], True)
+        self.lists = TensorLists(**fitted)
+
+    def _like(self, theta: Tensor, tensor: Tensor, written: bool) -> Tensor:
+        if _same_layout(theta, tensor):
+            return tensor
+        fitted = torch.empty_strided(
+            theta.shape, theta.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        fitted.copy_(tensor)
+        return self._copied_back(tensor, fitted) if written else fitted
+
+    def _copied_back(self, original: Tensor, fitted: Tensor) -> Tensor:
+        self._copies.append((original, fitted))
+        return fitted
+
+    def copy_back(self) -> None:
+        """Brings what was written to the tensors that the caller holds."""
+        for original, fitted in self._copies:
+            original.copy_(fitted)
+
+
+def needs_fitting(lists: TensorLists) -> bool:
+    """Whether any tensor has to go through a temporary."""
+    others = [lists.g, *(tensors for tensors in lists.states().values() if tensors)]
+    return any(
+        not is_dense(theta) or any(not _same_layout(theta, tensors[i]) for tensors in others)
+        for i, theta in enumerate(lists.theta)
+    )

@@ -1,0 +1,129 @@
+"""The MaxVA update of one coordinate: csrc/maxva_math.h line by line, in the same order.
+
+Symbols are the paper's, tilde dropped; equation numbers are those of Zhu et al.
+
+Note [Rounding]
+Launched with enable_fp_fusion=False, so that nothing is contracted but what is written as tl.fma,
+and with correctly rounded division and root: the bits are those of the C++ kernels on hardware with
+fused multiply-add. Triton's interpreter rounds tl.fma once from 3.9 on, twice before; its results
+then differ in the last bits, within the rule for exactness.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+MADAM = tl.constexpr(0)
+LAMADAM = tl.constexpr(1)
+
+
+class Normalizer(NamedTuple):
+    """x / (sqrt(vhat + eps_inside) + eps) as numerator_scale * x / denominator."""
+
+    numerator_scale: tl.tensor
+    denominator: tl.tensor
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded: tl.sqrt is approximate in float32, for which alone sqrt_rn exists."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(x, y):
+    """Correctly rounded: `/` is approximate in float32, for which alone div_rn exists."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def observed_gradient(g, theta, s):
+    """The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay."""
+    return tl.fma(s.l2, theta, s.g_factor * g)
+
+
+@triton.jit
+def observe(g, u, v, w, s):
+    """Chooses beta_t by Eq. 6, clips it, and moves u, v, w by Eq. 2-4.
+
+    Works with c = 1 - beta_t; see Note [Multiplied through by w] in csrc/maxva_math.h.
+    """
+    us = u * s.range
+    ws = w * s.range
+    deviation = tl.fma(g, ws, -us)
+    d = deviation * deviation
+    excess = tl.fma(v, ws * s.range, -(us * us))
+    var = tl.where(excess > 0, excess, 0.0)
+    numerator = tl.fma(w, d - var, s.delta * ws * ws)
+    c = divide(numerator, numerator + (d + var))
+    c = tl.where(c < s.c_max, c, s.c_max)  # 0/0 compares false and becomes beta_low
+    c = tl.where(c > s.c_min, c, s.c_min)
+    c = tl.where(w == 0, s.c_init, c)  # the first observation of this coordinate, whatever the step
+    u = tl.fma(c, g - u, u)
+    v = tl.fma(c, tl.fma(g, g, -v), v)
+    w = tl.fma(c, 1.0 - w, w)
+    return u, v, w
+
+
+@triton.jit
+def normalize(normalizer, x):
+    """One division per use."""
+    ratio = divide(x * normalizer.numerator_scale, normalizer.denominator)
+    # eps = 0: v is 0, so is x, and so is the update
+    return tl.where(normalizer.denominator == 0, 0.0, ratio)
+
+
+@triton.jit
+def make_normalizer(v, w, vmax, s, AMSGRAD: tl.constexpr):
+    """See Note [Multiplied through by w]: sqrt(v/w) + eps = (sqrt(v ws range) + eps ws) / ws."""
+    if AMSGRAD:
+        return Normalizer(tl.full(v.shape, 1.0, v.dtype), square_root(vmax + s.eps_inside) + s.eps)
+    else:
+        ws = w * s.range
+        root = square_root(tl.fma(s.eps_inside, w, v) * (ws * s.range))
+        return Normalizer(ws, tl.fma(s.eps, ws, root))
+
+
+@triton.jit
+def track_maximum(v, w, vmax):
+    """amsgrad: the maximum of the bias-corrected second moment v/w."""
+    vhat = divide(v, w)
+    return tl.where(vmax > vhat, vmax, vhat)
+
+
+@triton.jit
+def accumulate_momentum(g, m, normalizer, s, ALGORITHM: tl.constexpr):
+    """m: of the gradient in MAdam (Alg. 1), of the normalised one in LaMAdam (Alg. 2)."""
+    x = g if ALGORITHM == MADAM else normalize(normalizer, g)
+    return tl.fma(s.one_minus_alpha, x - m, m)
+
+
+@triton.jit
+def direction(g, m, normalizer, s, ALGORITHM: tl.constexpr):
+    """The update direction before bias correction, from states that have been moved."""
+    x = g if ALGORITHM == MADAM else normalize(normalizer, g)
+    looked_ahead = tl.fma(s.nesterov_x, x, s.nesterov_m * m)
+    return normalize(normalizer, looked_ahead) if ALGORITHM == MADAM else looked_ahead
+
+
+@triton.jit
+def layer_update(theta, direction, s):
+    """The update whose norm the trust ratio compares with that of theta."""
+    return tl.fma(s.decoupled, theta, s.bias_correction * direction)
+
+
+@triton.jit
+def moved_parameter(theta, direction, s):
+    """The parameter after the step, decoupled decay first."""
+    decayed = tl.fma(-s.decay, theta, theta)
+    moved = tl.fma(-s.step_size, direction, decayed)
+    return tl.where(s.eta == 0, theta, moved)  # lr = 0 keeps the bits, whatever the update is

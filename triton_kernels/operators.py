@@ -1,0 +1,313 @@
+"""The operators: check, find the table, launch. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import multi_tensor_apply as mta
+from . import norm
+from .checks import (
+    DTYPES,
+    LayoutFitter,
+    TensorLists,
+    check_arguments,
+    check_control,
+    check_gradients,
+    check_one_element,
+    check_tensors,
+    is_dense,
+    needs_fitting,
+)
+from .maxva_math import LAMADAM, MADAM
+from .step_scalars import NUM_SCALARS
+from .tables import (
+    Combination,
+    NormTable,
+    Tables,
+    UpdateTable,
+    addresses,
+    double_words,
+    gradient_signature,
+    is_capturing,
+    signature,
+)
+
+#: Whether Triton interprets (TRITON_INTERPRET=1): then CPU tensors are served, and no others.
+INTERPRETED = not isinstance(mta.update_kernel, triton.runtime.JITFunction)
+
+_TL_DTYPES = dict(zip(DTYPES, (tl.float32, tl.float64, tl.bfloat16, tl.float16), strict=True))
+_ALGORITHMS = {"madam": MADAM.value, "lamadam": LAMADAM.value}
+# see Note [Rounding] in maxva_math.py
+_UPDATE_OPTIONS = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion": False}
+_NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
+
+# owned by the first parameter's counter, which lives as long as the optimizer's state
+_update_tables: Any = WeakTensorKeyDictionary()
+_norm_tables: dict[torch.device, Tables[NormTable]] = {}
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def update_(
+    theta: Sequence[Tensor],
+    g: Sequence[Tensor],
+    m: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    w: Sequence[Tensor],
+    vmax: Sequence[Tensor],
+    master: Sequence[Tensor],
+    step: Sequence[Tensor],
+    group_step: Sequence[Tensor],
+    group_sizes: Sequence[int],
+    hyper: Sequence[float],
+    lr: Sequence[Tensor | None],
+    control: Tensor | None,
+    grad_scale: Tensor | None,
+    norms: Tensor | None,
+    algorithm: str,
+    phase: int,
+) -> None:
+    """One step: moves states and parameters and counts, unless control says skip.
+
+    Args:
+        theta: float32, float64, bfloat16 or float16 parameters of any shapes, on one device.
+        g: gradients, of any of these dtypes.
+        m: first state, float64 for float64 parameters, else float32; and so the others.
+        u: weighted sums of gradients.
+        v: weighted sums of squares.
+        w: sums of weights.
+        vmax: maxima of v/w, or empty.
+        master: float32 copies that are moved instead of theta and rounded into it, or empty.
+        step: float32 counters of one element.
+        group_step: int32 counters of one element per group, or empty.
+        group_sizes: how many consecutive parameters each group has.
+        hyper: lr and the rows of `Hyper` (step_scalars.py), flat.
+        lr: per group a one-element tensor that overrides hyper's, or None.
+        control: float64 [3] as write_control_ fills it, or None.
+        grad_scale: one element, g is divided by it and written back; or None.
+        norms: float64 [n, 2], sums of squares of theta and update: written in phase 1, read in 2.
+        algorithm: "madam" or "lamadam".
+        phase: 0, everything; 1, states and norms; 2, parameters.
+
+    Raises:
+        ValueError or TypeError: an argument does not fit. Nothing has been changed then.
+    """
+    if not theta:
+        return
+    lists = TensorLists(theta, g, m, u, v, w, vmax, master, step, group_step, group_sizes)
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"maxva: algorithm must be 'madam' or 'lamadam', is {algorithm!r}")
+    check_arguments(lists, hyper, lr, control, grad_scale, norms, phase)
+    table = _find_update_table(lists)
+    fitter = None
+    if table.needs_fitting:
+        fitter = LayoutFitter(lists, grad_scale is not None)
+        lists = fitter.lists
+        table = _find_update_table(lists)
+    with _on_device(table.device):
+        _launch_update(
+            table, lists, hyper, lr, control, grad_scale, norms, _ALGORITHMS[algorithm], phase
+        )
+    if fitter is not None:
+        fitter.copy_back()
+    # states are left out: autograd never sees them, and the time is a tenth of the step's
+    _bump_versions(theta)
+    if grad_scale is not None:
+        _bump_versions(g)
+
+
+def _find_update_table(lists: TensorLists) -> UpdateTable:
+    def build() -> UpdateTable:
+        check_tensors(lists)
+        return UpdateTable(lists, needs_fitting(lists))
+
+    try:
+        found = signature(lists)
+    except RuntimeError:
+        check_tensors(lists)  # a tensor without address or strides: say which
+        raise
+    owner = lists.step[0]
+    if owner not in _update_tables:
+        check_tensors(lists)
+        _update_tables[owner] = Tables()
+    return _update_tables[owner].find(found, lists.theta[0].device, build)
+
+
+def _bump_versions(tensors: Sequence[Tensor]) -> None:
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # inference tensors have no version
+        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def _step_words(
+    lists: TensorLists, hyper: Sequence[float], lr: Sequence[Tensor | None]
+) -> tuple[list[int], list[Tensor]]:
+    """Addresses of gradients, kinds and words of lr, hyper; and tensors that must outlive them."""
+    kinds, words, kept = [], [], []
+    for tensor in lr:
+        if tensor is None:
+            kinds.append(mta.LR_ON_HOST.value)
+            words.append(0)
+            continue
+        if tensor.dtype not in (torch.float32, torch.float64):
+            tensor = tensor.double()
+        kept.append(tensor)
+        single = tensor.dtype == torch.float32
+        kinds.append(mta.LR_FLOAT32.value if single else mta.LR_FLOAT64.value)
+        words.append(tensor.data_ptr())
+    return addresses(lists.g) + kinds + words + double_words(hyper), kept
+
+
+def _launch_update(
+    table: UpdateTable,
+    lists: TensorLists,
+    hyper: Sequence[float],
+    lr: Sequence[Tensor | None],
+    control: Tensor | None,
+    grad_scale: Tensor | None,
+    norms: Tensor | None,
+    algorithm: int,
+    phase: int,
+) -> None:
+    n, groups = len(lists.theta), len(lr)
+    capturing = is_capturing(table.device)
+    stream = table.use_on_current_stream(capturing)
+    words, kept = _step_words(lists, hyper, lr)
+    on_device = table.step_words.on_device(words, stream, capturing)
+    g_addresses, lr_kinds, lr_words, hyper_words = on_device.split([n, groups, groups, len(hyper)])
+    for c in table.combinations:
+        scalars = torch.empty(
+            c.num_tensors,
+            NUM_SCALARS.value,
+            dtype=torch.float64 if c.theta_dtype == torch.float64 else torch.float32,
+            device=table.device,
+        )
+        mta.make_scalars_kernel[(triton.cdiv(c.num_tensors, mta.LANES.value),)](
+            c.rows, hyper_words, lr_kinds, lr_words, control,
+            norms if phase == mta.PARAMETERS.value else None, scalars, c.num_tensors,
+            **_UPDATE_OPTIONS,
+        )  # fmt: skip
+        _launch_chunks(table, c, g_addresses, scalars, control, grad_scale, norms, lists,
+                       algorithm, phase)  # fmt: skip
+    if phase != mta.STATES.value:
+        counted = max(n, len(lists.group_step))
+        mta.count_kernel[(triton.cdiv(counted, mta.LANES.value),)](
+            table.steps, table.group_steps, control, n, len(lists.group_step), **_UPDATE_OPTIONS
+        )
+    del kept
+
+
+def _launch_chunks(
+    table: UpdateTable,
+    c: Combination,
+    g_addresses: Tensor,
+    scalars: Tensor,
+    control: Tensor | None,
+    grad_scale: Tensor | None,
+    norms: Tensor | None,
+    lists: TensorLists,
+    algorithm: int,
+    phase: int,
+) -> None:
+    sums = None
+    if phase == mta.STATES.value:
+        sums = torch.empty(c.num_chunks, 2, dtype=torch.float64, device=table.device)
+    if c.num_chunks:
+        mta.update_kernel[(c.num_chunks,)](
+            c.rows, g_addresses, c.chunk_tensor, scalars, control, grad_scale, sums,
+            THETA_DTYPE=_TL_DTYPES[c.theta_dtype],
+            G_DTYPE=_TL_DTYPES[c.g_dtype],
+            T=_TL_DTYPES[scalars.dtype],
+            ALGORITHM=algorithm,
+            AMSGRAD=bool(lists.vmax),
+            HAS_MASTER=bool(lists.master) and c.theta_dtype != torch.float64,
+            PHASE=phase,
+            **_UPDATE_OPTIONS,
+        )  # fmt: skip
+    if sums is not None:
+        mta.add_sums_kernel[(c.num_tensors,)](c.rows, sums, control, norms, **_UPDATE_OPTIONS)
+
+
+def sum_of_squares(g: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of all elements of tensors on one device.
+
+    Args:
+        g: float32, float64, bfloat16 or float16 tensors, at least one.
+
+    Returns:
+        float64 [1] on their device; inf or NaN where an element is. The same bits in every run.
+    """
+    if not g:
+        raise ValueError("maxva: sum_of_squares needs at least one tensor")
+    device = g[0].device
+    found = gradient_signature(g)
+    if found is None:
+        check_gradients(g)
+        g = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in g]
+        found = [tensor.numel() for tensor in g], [tensor.dtype for tensor in g]
+    numels, dtypes = found
+    tables = _norm_tables.setdefault(device, Tables())
+    with _on_device(device):
+        table = tables.find([numels, dtypes], device, lambda: NormTable(device, numels, dtypes))
+        capturing = is_capturing(device)
+        stream = table.use_on_current_stream(capturing)
+        g_addresses = table.step_words.on_device(addresses(g), stream, capturing)
+        num_chunks = sum(c.num_chunks for c in table.combinations)
+        partial = torch.empty(num_chunks, dtype=torch.float64, device=device)
+        result = torch.empty(1, dtype=torch.float64, device=device)
+        done = 0
+        for c in table.combinations:
+            if c.num_chunks:
+                norm.sum_of_squares_kernel[(c.num_chunks,)](
+                    c.rows, g_addresses, c.chunk_tensor, partial[done:],
+                    G_DTYPE=_TL_DTYPES[c.g_dtype], **_NORM_OPTIONS,
+                )  # fmt: skip
+            done += c.num_chunks
+        norm.add_partial_sums_kernel[(1,)](partial, result, num_chunks, **_NORM_OPTIONS)
+    return result
+
+
+def write_control_(
+    control: Tensor,
+    sum_of_squares: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float,
+    skip_nonfinite: bool,
+) -> None:
+    """Fills the control block {skip, clip factor, gradient norm}.
+
+    Args:
+        control: float64 [3], written.
+        sum_of_squares: float64, one element, of the gradients as they are (scaled).
+        grad_scale: one element, what the gradients have been multiplied by; or None.
+        found_inf: one element, not 0 to skip; or None.
+        max_grad_norm: infinity for no clipping.
+        skip_nonfinite: skip where the norm is not a finite float32.
+    """
+    device = control.device
+    check_control(control, device)
+    check_one_element(sum_of_squares, "sum_of_squares", torch.float64, device)
+    check_one_element(grad_scale, "grad_scale", None, device)
+    check_one_element(found_inf, "found_inf", None, device)
+    with _on_device(device):
+        norm.write_control_kernel[(1,)](
+            control, sum_of_squares, grad_scale, found_inf, double_words([max_grad_norm])[0],
+            SKIP_NONFINITE=bool(skip_nonfinite), **_NORM_OPTIONS,
+        )  # fmt: skip

@@ -1,0 +1,319 @@
+"""Tables of addresses on the device: built once, renewed only where something moved.
+
+Note [Stale tables]
+A table is found by comparing everything it was built from with what is there now: address, layout
+and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. Where all
+are contiguous, a layout is the number of elements, which takes half the time to ask for; else it is
+sizes and strides.
+What may differ in every step without such a move (the gradients' addresses, learning rates and
+hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
+
+Note [Graph capture]
+A captured copy reads its host memory again at every replay, and captured kernels their tables. Both
+are therefore kept for as long as the owner of the tables lives (for the norm, which has none, until
+the process ends: some bytes per tensor and capture), and are never written again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import multi_tensor_apply as mta
+from . import norm
+from .checks import DTYPES, NAMES, TensorLists
+
+#: Tables kept per owner: subsets of parameters that take turns in having gradients.
+_MAX_TABLES = 4
+
+_data_ptr = Tensor.data_ptr
+_size = Tensor.size
+_stride = Tensor.stride
+_numel = Tensor.numel
+_is_contiguous = Tensor.is_contiguous
+_dtype = attrgetter("dtype")
+_get_device = Tensor.get_device
+_layout = attrgetter("layout")
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """The address of every tensor's first element."""
+    return list(map(_data_ptr, tensors))
+
+
+def signature(lists: TensorLists) -> list[Any]:
+    """Everything that a table of the update is built from; see Note [Stale tables]."""
+    walked = (lists.theta, lists.m, lists.u, lists.v, lists.w, lists.vmax, lists.master)
+    contiguous = all(all(map(_is_contiguous, tensors)) for tensors in (lists.g, *walked))
+    found: list[Any] = [lists.theta[0].device, list(lists.group_sizes), contiguous]
+    for tensors in walked:
+        found.append(addresses(tensors))
+        found.append(list(map(_dtype, tensors)))
+        found.append(list(map(_numel, tensors)))
+        if not contiguous:
+            found.append(list(map(_size, tensors)))
+            found.append(list(map(_stride, tensors)))
+    for tensors in (lists.step, lists.group_step):
+        found.append(addresses(tensors))
+        found.append(list(map(_dtype, tensors)))
+        found.append(list(map(_numel, tensors)))
+    for attribute in (_size, _dtype, _get_device, *([] if contiguous else [_stride])):
+        found.append(list(map(attribute, lists.g)))
+    return found
+
+
+def gradient_signature(g: Sequence[Tensor]) -> tuple[list[int], list[torch.dtype]] | None:
+    """Numbers of elements and dtypes; None where a tensor is not contiguous or does not fit."""
+    if set(map(_layout, g)) != {torch.strided} or len(set(map(_get_device, g))) != 1:
+        return None
+    dtypes = list(map(_dtype, g))
+    if not set(dtypes) <= set(DTYPES) or not all(map(_is_contiguous, g)):
+        return None
+    return list(map(_numel, g)), dtypes
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _pinned(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class Uploads:
+    """Copies of host words to one device, and the host memory that captured copies need."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spare: Tensor | None = None
+        self._held: list[Tensor] = []
+
+    def prepare_capture(self, num_words: int) -> None:
+        """Sets host memory aside: allocating it during a capture may be refused."""
+        if _pinned(self._device) and (self._spare is None or self._spare.numel() < num_words):
+            self._spare = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
+
+    def copy(self, words: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """A device tensor of `words`; the copy is asynchronous."""
+        if not _pinned(self._device):
+            return torch.tensor(words, dtype=dtype, device=self._device)
+        if not is_capturing(self._device):
+            # the pinned allocator reuses this memory only after the copy is done
+            host = torch.tensor(words, dtype=dtype, pin_memory=True)
+        elif dtype == torch.int64 and self._spare is not None and self._spare.numel() >= len(words):
+            host, self._spare = self._spare[: len(words)], None
+            host.copy_(torch.tensor(words, dtype=dtype))
+            self._held.append(host)
+        else:
+            host = torch.tensor(words, dtype=dtype, pin_memory=True)
+            self._held.append(host)
+        return host.to(self._device, non_blocking=True)
+
+
+class StepWords:
+    """The words of one step on the device, copied only if they differ from the last step's."""
+
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads = uploads
+        self._words: list[Any] = []
+        self._copy: Tensor | None = None
+        self._stream: int | None = None
+
+    def on_device(self, words: list[int], stream: int | None, capturing: bool) -> Tensor:
+        if capturing:
+            return self._uploads.copy(words)
+        self._uploads.prepare_capture(len(words))
+        if self._copy is None or words != self._words or stream != self._stream:
+            self._copy = self._uploads.copy(words)
+            self._words, self._stream = words, stream
+        return self._copy
+
+
+class _Table:
+    """What tables of both kinds share: who may read their device tensors, and when."""
+
+    def __init__(self, device: torch.device, tensors: Sequence[Tensor], uploads: Uploads) -> None:
+        self.device = device
+        self.step_words = StepWords(uploads)
+        self._tensors = tensors
+        self._ready: torch.cuda.Event | None = None
+        self._streams: set[int] = set()
+        if device.type == "cuda" and not is_capturing(device):
+            stream = torch.cuda.current_stream(device)
+            self._ready = torch.cuda.Event()
+            self._ready.record(stream)
+            self._streams.add(stream.cuda_stream)
+
+    def use_on_current_stream(self, capturing: bool) -> int | None:
+        """Orders the tables' copy before what this stream does next; returns the stream."""
+        if self.device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(self.device)
+        # torch synchronises before it begins a capture, and what is captured is held
+        if not capturing and stream.cuda_stream not in self._streams:
+            if self._ready is not None:
+                stream.wait_event(self._ready)
+            for tensor in self._tensors:
+                tensor.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        return stream.cuda_stream
+
+
+def _chunk_map(numels: Sequence[int], chunk: int) -> tuple[list[int], list[int]]:
+    """First chunk of every tensor, and the tensor of every chunk."""
+    first, tensor_of = [], []
+    for i, numel in enumerate(numels):
+        first.append(len(tensor_of))
+        tensor_of += [i] * (-(-numel // chunk))
+    return first, tensor_of
+
+
+@dataclass
+class Combination:
+    """The tensors of one combination of dtypes: one launch.
+
+    Attributes:
+        rows: int64 [num_tensors, ROW] of multi_tensor_apply.py.
+        chunk_tensor: int32 [num_chunks], the row of each chunk's tensor.
+    """
+
+    theta_dtype: torch.dtype
+    g_dtype: torch.dtype
+    rows: Tensor
+    chunk_tensor: Tensor
+    num_tensors: int
+    num_chunks: int
+
+
+class UpdateTable(_Table):
+    """Where the parameters, states and counters of one call lie.
+
+    Attributes:
+        needs_fitting: a tensor is not laid out as its parameter; then there are no tables.
+        combinations: one per combination of parameter and gradient dtype.
+        steps, group_steps: int64 addresses of the counters.
+    """
+
+    def __init__(self, lists: TensorLists, needs_fitting: bool) -> None:
+        device = lists.theta[0].device
+        self.needs_fitting = needs_fitting
+        self.combinations: list[Combination] = []
+        uploads = Uploads(device)
+        if not needs_fitting:
+            self._build(lists, uploads)
+        tensors = [t for c in self.combinations for t in (c.rows, c.chunk_tensor)]
+        if not needs_fitting:
+            tensors += [self.steps, self.group_steps]
+        super().__init__(device, tensors, uploads)
+
+    def _build(self, lists: TensorLists, uploads: Uploads) -> None:
+        n = len(lists.theta)
+        columns = {mta.THETA.value: addresses(lists.theta)}
+        for field, name in zip(
+            (mta.M, mta.U, mta.V, mta.W, mta.VMAX, mta.MASTER), NAMES, strict=True
+        ):
+            tensors = getattr(lists, name)
+            columns[field.value] = addresses(tensors) if tensors else [0] * n
+        columns[mta.STEP.value] = addresses(lists.step)
+        columns[mta.NUMEL.value] = [theta.numel() for theta in lists.theta]
+        columns[mta.GROUP.value] = [
+            group for group, size in enumerate(lists.group_sizes) for _ in range(size)
+        ]
+        columns[mta.INDEX.value] = list(range(n))
+        members: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        for i, (theta, g) in enumerate(zip(lists.theta, lists.g, strict=True)):
+            members.setdefault((theta.dtype, g.dtype), []).append(i)
+        for (theta_dtype, g_dtype), indices in members.items():
+            first, tensor_of = _chunk_map(
+                [columns[mta.NUMEL.value][i] for i in indices], mta.CHUNK.value
+            )
+            words: list[int] = []
+            for position, i in enumerate(indices):
+                row = {field: column[i] for field, column in columns.items()}
+                row[mta.FIRST_CHUNK.value] = first[position]
+                words += [row[field] for field in range(mta.ROW.value)]
+            self.combinations.append(
+                Combination(
+                    theta_dtype,
+                    g_dtype,
+                    uploads.copy(words),
+                    uploads.copy(tensor_of, torch.int32),
+                    len(indices),
+                    len(tensor_of),
+                )
+            )
+        self.steps = uploads.copy(addresses(lists.step))
+        self.group_steps = uploads.copy(addresses(lists.group_step))
+
+
+@dataclass
+class NormCombination:
+    """Gradients of one dtype: one launch of the norm; see Combination."""
+
+    g_dtype: torch.dtype
+    rows: Tensor
+    chunk_tensor: Tensor
+    num_chunks: int
+
+
+class NormTable(_Table):
+    """How gradients of given sizes and dtypes are cut into chunks; holds no address."""
+
+    def __init__(
+        self, device: torch.device, numels: Sequence[int], dtypes: Sequence[torch.dtype]
+    ) -> None:
+        uploads = Uploads(device)
+        self.combinations: list[NormCombination] = []
+        for g_dtype in dict.fromkeys(dtypes):
+            indices = [i for i, dtype in enumerate(dtypes) if dtype == g_dtype]
+            first, tensor_of = _chunk_map([numels[i] for i in indices], norm.NORM_CHUNK.value)
+            words: list[int] = []
+            for position, i in enumerate(indices):
+                words += [numels[i], first[position], i]
+            self.combinations.append(
+                NormCombination(
+                    g_dtype,
+                    uploads.copy(words),
+                    uploads.copy(tensor_of, torch.int32),
+                    len(tensor_of),
+                )
+            )
+        tensors = [t for c in self.combinations for t in (c.rows, c.chunk_tensor)]
+        super().__init__(device, tensors, uploads)
+
+
+TableT = TypeVar("TableT", bound=_Table)
+
+
+class Tables(Generic[TableT]):
+    """The last few tables of one owner, and all that a captured graph reads."""
+
+    def __init__(self) -> None:
+        self._recent: list[tuple[list[Any], TableT]] = []
+        self._captured: list[TableT] = []
+
+    def find(self, found: list[Any], device: torch.device, build: Callable[[], TableT]) -> TableT:
+        """The table built from what has this signature, or a new one."""
+        capturing = is_capturing(device)
+        k = next((k for k, (built_from, _) in enumerate(self._recent) if built_from == found), None)
+        entry = (found, build()) if k is None else self._recent.pop(k)
+        table = entry[1]
+        # one built in a capture is filled by the graph alone
+        if k is not None or not capturing:
+            self._recent.insert(0, entry)
+            del self._recent[_MAX_TABLES:]
+        if capturing and not any(table is held for held in self._captured):
+            self._captured.append(table)
+        return table
+
+
+def double_words(values: Sequence[float]) -> list[int]:
+    """The bits of float64 values, to travel with addresses."""
+    return list(struct.unpack(f"{len(values)}q", struct.pack(f"{len(values)}d", *values)))
