@@ -20,11 +20,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test pretrain bench lint clean
+.PHONY: help test pretrain bench wheel gpu lint clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | sed -n '1,6p'
-	@echo "Targets: test, pretrain, bench, lint, clean"
+	@echo "Targets: test, pretrain, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -54,6 +54,14 @@ bench: $(STAMPS)/extension
 	$(PY) -m pytest bench --results bench/results/latest \
 	  --benchmark-json=bench/results/benchmark.json $(ARGS)
 
+# a wheel with CUDA kernels, no GPU needed: tools/make_wheel.sh says what can be set
+wheel:
+	PYTHON=$(PYTHON) tools/make_wheel.sh
+
+# build, tests and benchmarks on this machine's GPU, with PYTHON's own packages, offline
+gpu:
+	PYTHON=$(PYTHON) tools/run_gpu.sh
+
 $(STAMPS)/lint-tools: $(STAMPS)/extension
 ifneq ($(VENV),none)
 	$(PIP) --no-build-isolation --editable ".[dev]"
@@ -67,5 +75,5 @@ lint: $(STAMPS)/lint-tools
 	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 clean:
-	rm -rf build dist *.egg-info maxva_kernels/*.so maxva_kernels/_build_info.py
+	rm -rf build dist .venv-wheel *.egg-info maxva_kernels/*.so maxva_kernels/_build_info.py
 	$(if $(filter none,$(VENV)),,rm -rf $(VENV))

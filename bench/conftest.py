@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="STEM",
         help="write STEM.json, STEM.md and STEM.png beside printing the table",
     )
+
+
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    class _Benchmark:
+        """As much of pytest-benchmark as bench_step.py needs, for machines without it."""
+
+        def __init__(self) -> None:
+            self.extra_info: dict[str, Any] = {}
+
+        def pedantic(self, function: Callable[[], object], rounds: int, iterations: int) -> None:
+            for _ in range(rounds * iterations):
+                function()
+
+    @pytest.fixture
+    def benchmark() -> _Benchmark:
+        """Stands in for the plug-in's fixture."""
+        return _Benchmark()
 
 
 @pytest.fixture
@@ -50,5 +69,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             json.dumps({"environment": about, "rows": _ROWS}, indent=1) + "\n"
         )
         path.with_suffix(".md").write_text(text + "\n")
-        plot(_ROWS, about, path.with_suffix(".png"))
-        terminalreporter.write_line(f"wrote {path}.json, .md and .png")
+        written = f"wrote {path}.json, .md"
+        if importlib.util.find_spec("matplotlib"):
+            plot(_ROWS, about, path.with_suffix(".png"))
+            written += ", .png"
+        terminalreporter.write_line(written)
