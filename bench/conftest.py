@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from measure import environment
-from report import plot, table
+from step_report import plot, table
 
 _ROWS: list[dict[str, Any]] = []
 

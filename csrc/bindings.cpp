@@ -76,8 +76,11 @@ class LayoutFitter {
     return copied_back(theta, theta.contiguous());
   }
 
-  Tensor like(const Tensor& theta, const Tensor& tensor, bool written) {
+  Tensor like(const Tensor& theta, const Tensor& tensor, bool written, const char* list, size_t i) {
     if (same_layout(theta, tensor)) return tensor;
+    TORCH_CHECK_VALUE(!written || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
+                      "maxva: ", list, "[", i, "] of strides ", tensor.strides(),
+                      " is written, but has elements that share memory; clone it first");
     Tensor fitted = at::empty_strided(theta.sizes(), theta.strides(), tensor.options());
     fitted.copy_(tensor);
     return written ? copied_back(tensor, std::move(fitted)) : fitted;
@@ -190,10 +193,10 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   for (const auto i : c10::irange(n)) {
     args.lists.theta.push_back(fitter.parameter(theta[i], i));
     const Tensor& fitted = args.lists.theta.back();
-    args.lists.g.push_back(fitter.like(fitted, g[i], grad_scale.has_value()));
+    args.lists.g.push_back(fitter.like(fitted, g[i], grad_scale.has_value(), "gradient", i));
     for (const List& list : states) {
       if (list.tensors.empty()) continue;
-      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true));
+      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true, list.name, i));
     }
   }
   args.lists.step = step.vec();

@@ -290,6 +290,7 @@ class MaxVA(Optimizer):
         """Checks groups and gradients, changes nothing; returns the groups' rows."""
         rows = []
         first = self.param_groups[0]
+        unscales = isinstance(getattr(self, "grad_scale", None), Tensor)
         for group in self.param_groups:
             check_lr(group["lr"])
             rows.append(hyper_row(group))
@@ -302,7 +303,10 @@ class MaxVA(Optimizer):
             for index, p in enumerate(group["params"]):
                 g = p.grad
                 if g is not None and (
-                    g.layout is not torch.strided or g.shape != p.shape or g.device != p.device
+                    g.layout is not torch.strided
+                    or g.shape != p.shape
+                    or g.device != p.device
+                    or (unscales and _is_expanded(g))
                 ):
                     _refuse_gradient(group, index, p, g)
         return rows
@@ -583,10 +587,20 @@ def _refuse_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) ->
             f"{describe(group, index, p)}: its gradient is {g.layout}; MaxVA does not support "
             f"sparse gradients, make it dense (for an embedding: sparse=False)"
         )
+    if g.shape == p.shape and g.device == p.device:
+        raise ValueError(
+            f"{describe(group, index, p)}: its gradient is expanded (strides {g.stride()}) and "
+            f"cannot be unscaled in place; clone it, or call scaler.unscale_ first"
+        )
     raise ValueError(
         f"{describe(group, index, p)} on {p.device}: its gradient has shape {tuple(g.shape)} "
         f"on {g.device}"
     )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in dims)
 
 
 def _on(value: Any, device: torch.device) -> Tensor | None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from foreach_maxva import ForeachMAdam
 from measure import Rounds, Timing, copied, make_groups, parameters
-from report import plot, table
 from shapes import MODELS, num_parameters
+from step_report import plot, table
 
 from maxva_kernels import MAdam
 
