@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "maxva_kernels",
+SOURCES = ("setup.py", "tools", "pyproject.toml", "README.md", "LICENSE", "csrc", "maxva_kernels",
            "triton_kernels")  # fmt: skip
 
 TRAIN = """

@@ -439,6 +439,12 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"g": [torch.rand(3, 2), torch.ones(4, dtype=torch.int32)]}, TypeError, "int32"),
         ({"g": [torch.rand(3, 2), torch.ones(4).to_sparse()]}, TypeError, "only dense"),
         ({"theta": [torch.rand(3, 2), torch.rand(1).expand(4)]}, ValueError, "clone it first"),
+        (
+            {"g": [torch.rand(3, 2), torch.rand(1).expand(4)], "grad_scale": torch.ones(1)},
+            ValueError,
+            r"gradient\[1\] .* clone it first",
+        ),
+        ({"v": [torch.rand(3, 2), torch.rand(1).expand(4)]}, ValueError, r"exp_avg_sq \(v\)\[1\]"),
         ({"w": [torch.rand(3, 2), torch.rand(4).half()]}, TypeError, "maxva_weight"),
         ({"theta": [torch.rand(3, 2).double(), torch.rand(4)]}, TypeError, "float64"),
         ({"step": [torch.zeros(()), torch.zeros(2)]}, ValueError, "step must have one element"),

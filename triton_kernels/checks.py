@@ -99,6 +99,16 @@ def check_control(control: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"maxva: control must be float64 [{CONTROL_FIELDS}] on {device}")
 
 
+def check_writable(tensor: Tensor, name: str) -> None:
+    """Raises if elements share memory, so that they cannot be written one by one."""
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in dims):
+        raise ValueError(
+            f"maxva: {name} of shape {list(tensor.shape)} and strides {list(tensor.stride())} has "
+            f"elements that share memory (an expanded tensor); clone it first"
+        )
+
+
 def check_gradients(g: Sequence[Tensor]) -> None:
     """What sum_of_squares asks of its tensors."""
     for i, tensor in enumerate(g):
@@ -167,13 +177,7 @@ def check_tensors(lists: TensorLists) -> None:
             raise ValueError(
                 f"maxva: parameter {i} is on {theta.device}, parameter 0 is on {device}"
             )
-        dims = zip(theta.shape, theta.stride(), strict=True)
-        if any(size > 1 and stride == 0 for size, stride in dims):
-            raise ValueError(
-                f"maxva: parameter {i} of shape {list(theta.shape)} and strides "
-                f"{list(theta.stride())} has elements that share memory (an expanded tensor); "
-                f"clone it first"
-            )
+        check_writable(theta, f"parameter {i}")
         check_like_parameter(lists.g[i], theta, "gradient", i)
         state_dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
         for name, tensors in lists.states().items():
@@ -215,6 +219,10 @@ class LayoutFitter:
     """
 
     def __init__(self, lists: TensorLists, gradient_written: bool) -> None:
+        written = dict(lists.states(), gradient=lists.g) if gradient_written else lists.states()
+        for name, tensors in written.items():
+            for i, tensor in enumerate(tensors):
+                check_writable(tensor, f"{NAMES.get(name, name)}[{i}]")
         self._copies: list[tuple[Tensor, Tensor]] = []
         fitted = {field.name: list(getattr(lists, field.name)) for field in fields(lists)}
         for i, theta in enumerate(lists.theta):
