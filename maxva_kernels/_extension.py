@@ -66,8 +66,15 @@ def _load() -> None:
 
 def _register_fakes() -> None:
     @torch.library.register_fake("maxva::update_")
-    def _(*args: object) -> None:
-        return None
+    def _(theta: list[torch.Tensor], *args: object) -> None:
+        # torch picks the fake wherever one tensor is on "meta", beside real ones too
+        for name, tensors in zip(("g", *"muvw", "vmax", "master", "step"), args, strict=False):
+            for i, tensor in enumerate((*theta, *tensors)):  # type: ignore[misc]
+                if tensor.device != theta[0].device:
+                    raise ValueError(
+                        f"maxva: tensor {i % max(len(theta), 1)} of theta or {name} is on "
+                        f"{tensor.device}, parameter 0 is on {theta[0].device}"
+                    )
 
     @torch.library.register_fake("maxva::write_control_")
     def _(*args: object) -> None:

@@ -17,10 +17,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and REPORT.get("triton") == "availa
     KERNELS.append("triton")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU")
-
-
 @pytest.fixture(params=["eager", *KERNELS])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on CPU tensors here."""
@@ -55,8 +51,9 @@ def nan_filled_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores torch's number of threads."""
+def one_thread() -> Iterator[None]:
+    """One thread, unless the test asks for more: many small steps are slow on busy cores."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
