@@ -64,7 +64,9 @@ def hyper_row(group: dict[str, Any]) -> tuple[float, ...]:
         TypeError: a tensor where only lr may be one.
         NotImplementedError: an option whose turn has not come.
     """
-    return _checked_row(*(group[name] for name in _CHECKED[1:]), betas=tuple(group["betas"]))
+    betas = group["betas"]
+    betas = tuple(betas) if isinstance(betas, (tuple, list)) else (betas,)
+    return _checked_row(*(group[name] for name in _CHECKED[1:]), betas=betas)
 
 
 #: What a row is made of and checked with; betas first.

@@ -1033,9 +1033,10 @@ def test_extension_that_cannot_be_used_is_explained(built_for: str | None) -> No
     """A sentence and the eager backend, not an undefined symbol."""
     script = f"""
 import sys, types
-build_info = types.ModuleType("maxva_kernels._build_info")
+build_info = None  # importing it then fails
 if {built_for!r}:
-    build_info.TORCH_VERSION = {built_for!r}
+    build_info = types.ModuleType("maxva_kernels._build_info")
+    build_info.TORCH_VERSION, build_info.CUDA_VERSION = {built_for!r}, None
 sys.modules["maxva_kernels._build_info"] = build_info
 import torch, maxva_kernels
 why = maxva_kernels.backends()["cpu"]
