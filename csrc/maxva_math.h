@@ -44,25 +44,26 @@ MAXVA_INLINE T square_root(T x) {
 // The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay.
 template <typename Ops, typename T>
 MAXVA_INLINE T observed_gradient(T g, T theta, const Scalars<T>& s) {
-  return Ops::fma(s.l2, theta, s.g_factor * g);
+  const T clipped = s.g_factor * g;
+  return s.l2 == T(0) ? clipped : Ops::fma(s.l2, theta, clipped);
 }
 
 // Chooses beta_t by Eq. 6, clips it, and moves u, v, w by Eq. 2-4. Works with c = 1 - beta_t.
 //
 // Note [Multiplied through by w]
 // With mean = u/w and var = v/w - mean^2, Eq. 6 is multiplied by (w * range)^2, which leaves one
-// division: range * w * (g - mean) = g * ws - u * range, (range * w)^2 * var = v * ws * range -
-// (u * range)^2. `range` is a power of two near c_init^-1/2 (w never falls below c_init), so that
-// the products stay in the floating-point range that v itself has.
+// division: range * w * (g - mean) = g * w * range - u * range, (range * w)^2 * var =
+// v * w * range^2 - (u * range)^2; s.delta has range^2 in it. `range` is a power of two near
+// c_init^-1/2 (w never falls below c_init), so that the products stay in the floating-point range
+// that v itself has.
 template <typename Ops, typename T>
 MAXVA_INLINE void observe(T g, T& u, T& v, T& w, const Scalars<T>& s) {
   const T us = u * s.range;
-  const T ws = w * s.range;
-  const T deviation = Ops::fma(g, ws, -us);
+  const T deviation = Ops::fma(g, w * s.range, -us);
   const T d = deviation * deviation;
-  const T excess = Ops::fma(v, ws * s.range, -(us * us));
+  const T excess = Ops::fma(v, w * s.range_squared, -(us * us));
   const T var = excess > T(0) ? excess : T(0);
-  const T numerator = Ops::fma(w, d - var, s.delta * ws * ws);
+  const T numerator = w * Ops::fma(s.delta, w, d - var);
   T c = numerator / (numerator + (d + var));
   c = c < s.c_max ? c : s.c_max;  // 0/0 compares false and becomes beta_low
   c = c > s.c_min ? c : s.c_min;
@@ -84,14 +85,16 @@ struct Normalizer {
   }
 };
 
-// See Note [Multiplied through by w]: sqrt(v/w) + eps = (sqrt(v * ws * range) + eps * ws) / ws.
+// See Note [Multiplied through by w]: with ws = w * range,
+// sqrt(v/w) + eps = (sqrt(v * w * range^2) + eps * ws) / ws.
 template <bool kAmsgrad, typename Ops, typename T>
 MAXVA_INLINE Normalizer<T> normalizer(T v, T w, T vmax, const Scalars<T>& s) {
   if constexpr (kAmsgrad) {
     return {T(1), square_root(vmax + s.eps_inside) + s.eps};
   } else {
     const T ws = w * s.range;
-    const T root = square_root(Ops::fma(s.eps_inside, w, v) * (ws * s.range));
+    const T radicand = s.eps_inside == T(0) ? v : Ops::fma(s.eps_inside, w, v);
+    const T root = square_root(radicand * (w * s.range_squared));
     return {ws, Ops::fma(s.eps, ws, root)};
   }
 }
@@ -118,7 +121,7 @@ MAXVA_INLINE void accumulate_momentum(T g, T& m, const Normalizer<T>& normalize,
 template <Algorithm kAlgorithm, typename Ops, typename T>
 MAXVA_INLINE T direction(T g, T m, const Normalizer<T>& normalize, const Scalars<T>& s) {
   const T x = kAlgorithm == Algorithm::kMAdam ? g : normalize(g);
-  const T looked_ahead = Ops::fma(s.nesterov_x, x, s.nesterov_m * m);
+  const T looked_ahead = s.nesterov_x == T(0) ? m : Ops::fma(s.nesterov_x, x, s.nesterov_m * m);
   return kAlgorithm == Algorithm::kMAdam ? normalize(looked_ahead) : looked_ahead;
 }
 
@@ -128,11 +131,11 @@ MAXVA_INLINE T layer_update(T theta, T direction, const Scalars<T>& s) {
   return Ops::fma(s.decoupled, theta, s.bias_correction * direction);
 }
 
+// Not to be stored where s.eta is 0: that keeps the bits, whatever the update is.
 template <typename Ops, typename T>
 MAXVA_INLINE T moved_parameter(T theta, T direction, const Scalars<T>& s) {
   const T decayed = Ops::fma(-s.decay, theta, theta);
-  const T moved = Ops::fma(-s.step_size, direction, decayed);
-  return s.eta == T(0) ? theta : moved;  // lr = 0 keeps the bits, whatever the update is
+  return Ops::fma(-s.step_size, direction, decayed);
 }
 
 }  // namespace maxva

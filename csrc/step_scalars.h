@@ -34,7 +34,8 @@ struct Scalars {
   T one_minus_alpha;         //
   T nesterov_m, nesterov_x;  // (alpha, 1 - alpha), without nesterov (1, 0)
   T c_init, c_min, c_max;    // 1 - beta_init, 1 - beta_high, 1 - beta_low
-  T delta, range;            // range: see Note [Multiplied through by w]
+  T range, range_squared;    // see Note [Multiplied through by w]
+  T delta;                   // times range_squared
   T eps, eps_inside;         // eps outside or inside the root, the other is 0
   T bias_correction;         // 1 / (1 - alpha^t)
   T step_size, decay;        // eta r / (1 - alpha^t), eta r lambda
@@ -59,8 +60,10 @@ MAXVA_INLINE Scalars<T> make_scalars(const Hyper& h, double lr, double t, double
   s.c_init = T(c_init);
   s.c_min = T(1.0 - h.beta_high);
   s.c_max = T(1.0 - h.beta_low);
-  s.delta = T(h.delta);
-  s.range = T(scalbn(1.0, -ilogb(c_init) / 2));
+  const double range = scalbn(1.0, -ilogb(c_init) / 2);
+  s.delta = T(h.delta * range * range);
+  s.range = T(range);
+  s.range_squared = T(range * range);
   s.eps = T(h.eps_inside_sqrt != 0 ? 0.0 : h.eps);
   s.eps_inside = T(h.eps_inside_sqrt != 0 ? h.eps : 0.0);
   s.bias_correction = T(bias);

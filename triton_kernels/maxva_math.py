@@ -48,7 +48,8 @@ def divide(x, y):
 @triton.jit
 def observed_gradient(g, theta, s):
     """The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay."""
-    return tl.fma(s.l2, theta, s.g_factor * g)
+    clipped = s.g_factor * g
+    return tl.where(s.l2 == 0, clipped, tl.fma(s.l2, theta, clipped))
 
 
 @triton.jit
@@ -58,12 +59,11 @@ def observe(g, u, v, w, s):
     Works with c = 1 - beta_t; see Note [Multiplied through by w] in csrc/maxva_math.h.
     """
     us = u * s.range
-    ws = w * s.range
-    deviation = tl.fma(g, ws, -us)
+    deviation = tl.fma(g, w * s.range, -us)
     d = deviation * deviation
-    excess = tl.fma(v, ws * s.range, -(us * us))
+    excess = tl.fma(v, w * s.range_squared, -(us * us))
     var = tl.where(excess > 0, excess, 0.0)
-    numerator = tl.fma(w, d - var, s.delta * ws * ws)
+    numerator = w * tl.fma(s.delta, w, d - var)
     c = divide(numerator, numerator + (d + var))
     c = tl.where(c < s.c_max, c, s.c_max)  # 0/0 compares false and becomes beta_low
     c = tl.where(c > s.c_min, c, s.c_min)
@@ -84,12 +84,13 @@ def normalize(normalizer, x):
 
 @triton.jit
 def make_normalizer(v, w, vmax, s, AMSGRAD: tl.constexpr):
-    """See Note [Multiplied through by w]: sqrt(v/w) + eps = (sqrt(v ws range) + eps ws) / ws."""
+    """See Note [Multiplied through by w] for ws = w * range."""
     if AMSGRAD:
         return Normalizer(tl.full(v.shape, 1.0, v.dtype), square_root(vmax + s.eps_inside) + s.eps)
     else:
         ws = w * s.range
-        root = square_root(tl.fma(s.eps_inside, w, v) * (ws * s.range))
+        radicand = tl.where(s.eps_inside == 0, v, tl.fma(s.eps_inside, w, v))
+        root = square_root(radicand * (w * s.range_squared))
         return Normalizer(ws, tl.fma(s.eps, ws, root))
 
 
@@ -111,7 +112,7 @@ def accumulate_momentum(g, m, normalizer, s, ALGORITHM: tl.constexpr):
 def direction(g, m, normalizer, s, ALGORITHM: tl.constexpr):
     """The update direction before bias correction, from states that have been moved."""
     x = g if ALGORITHM == MADAM else normalize(normalizer, g)
-    looked_ahead = tl.fma(s.nesterov_x, x, s.nesterov_m * m)
+    looked_ahead = tl.where(s.nesterov_x == 0, m, tl.fma(s.nesterov_x, x, s.nesterov_m * m))
     return normalize(normalizer, looked_ahead) if ALGORITHM == MADAM else looked_ahead
 
 
@@ -123,7 +124,6 @@ def layer_update(theta, direction, s):
 
 @triton.jit
 def moved_parameter(theta, direction, s):
-    """The parameter after the step, decoupled decay first."""
+    """Not to be stored where s.eta is 0: that keeps the bits, whatever the update is."""
     decayed = tl.fma(-s.decay, theta, theta)
-    moved = tl.fma(-s.step_size, direction, decayed)
-    return tl.where(s.eta == 0, theta, moved)  # lr = 0 keeps the bits, whatever the update is
+    return tl.fma(-s.step_size, direction, decayed)

@@ -42,8 +42,9 @@ class Scalars(NamedTuple):
     c_init: tl.tensor
     c_min: tl.tensor
     c_max: tl.tensor
-    delta: tl.tensor
     range: tl.tensor
+    range_squared: tl.tensor
+    delta: tl.tensor
     eps: tl.tensor
     eps_inside: tl.tensor
     bias_correction: tl.tensor
@@ -100,6 +101,7 @@ def make_scalars(h, lr, t, clip_factor, trust):
     c_init = 1.0 - h.beta_init
     lambda_decoupled = tl.where(h.adam_w_mode != 0, h.weight_decay, 0.0)
     nesterov = h.nesterov != 0
+    range_ = power_of_two_near_inverse_root(c_init)
     return Scalars(
         g_factor=tl.where(h.maximize != 0, -clip_factor, clip_factor),
         l2=tl.where(h.adam_w_mode != 0, 0.0, h.weight_decay),
@@ -110,8 +112,9 @@ def make_scalars(h, lr, t, clip_factor, trust):
         c_init=c_init,
         c_min=1.0 - h.beta_high,
         c_max=1.0 - h.beta_low,
-        delta=h.delta,
-        range=power_of_two_near_inverse_root(c_init),
+        range=range_,
+        range_squared=range_ * range_,
+        delta=h.delta * range_ * range_,
         eps=tl.where(h.eps_inside_sqrt != 0, 0.0, h.eps),
         eps_inside=tl.where(h.eps_inside_sqrt != 0, h.eps, 0.0),
         bias_correction=bias,
@@ -141,14 +144,15 @@ def load_scalars(row):
         c_init=tl.load(row + 6),
         c_min=tl.load(row + 7),
         c_max=tl.load(row + 8),
-        delta=tl.load(row + 9),
-        range=tl.load(row + 10),
-        eps=tl.load(row + 11),
-        eps_inside=tl.load(row + 12),
-        bias_correction=tl.load(row + 13),
-        step_size=tl.load(row + 14),
-        decay=tl.load(row + 15),
-        eta=tl.load(row + 16),
+        range=tl.load(row + 9),
+        range_squared=tl.load(row + 10),
+        delta=tl.load(row + 11),
+        eps=tl.load(row + 12),
+        eps_inside=tl.load(row + 13),
+        bias_correction=tl.load(row + 14),
+        step_size=tl.load(row + 15),
+        decay=tl.load(row + 16),
+        eta=tl.load(row + 17),
     )
 
 
