@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 from maxva_kernels.triton_kernels import multi_tensor_apply as mta
-from maxva_kernels.triton_kernels import norm
+from maxva_kernels.triton_kernels import norm, operators
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -60,7 +60,7 @@ def compiled(kernel: Any, capability: int, pointers: dict[str, str | None],
     return triton.compile(
         ASTSource(kernel, signature, values),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": mta.NUM_WARPS, "enable_fp_fusion": False},
+        options=operators._UPDATE_OPTIONS,
     )
 
 

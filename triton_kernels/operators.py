@@ -47,7 +47,10 @@ INTERPRETED = not isinstance(mta.update_kernel, triton.runtime.JITFunction)
 _TL_DTYPES = dict(zip(DTYPES, (tl.float32, tl.float64, tl.bfloat16, tl.float16), strict=True))
 _ALGORITHMS = {"madam": MADAM.value, "lamadam": LAMADAM.value}
 # see Note [Rounding] in maxva_math.py
-_UPDATE_OPTIONS = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion": False}
+_UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion": False}
+if torch.version.hip is None:
+    # ptxas by itself stops at 128 for some variants and spills a few bytes
+    _UPDATE_OPTIONS["maxnreg"] = 160
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
 # owned by the first parameter's counter, which lives as long as the optimizer's state
