@@ -153,9 +153,9 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
     check_one_element(counter, "group_step", at::kInt, device);
   }
   for (const auto k : c10::irange(groups)) {
-    TORCH_CHECK_VALUE(
-        group_sizes[k] >= 0 && group_sizes[k] <= int64_t(n - args.group_of.size()),
-        "maxva: group_sizes[", k, "] is ", group_sizes[k], ", negative or more than there are");
+    TORCH_CHECK_VALUE(group_sizes[k] >= 0 && group_sizes[k] <= int64_t(n - args.group_of.size()),
+                      "maxva: group_sizes[", k, "] is ", group_sizes[k],
+                      ", negative or more than there are");
     args.group_of.insert(args.group_of.end(), group_sizes[k], k);
     args.hyper.push_back(reinterpret_cast<const Hyper*>(hyper.data())[k]);
     args.lr.push_back(lr.get(k));
