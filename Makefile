@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
-BUILD_TOOLS := "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.13,<4"
+BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
 .PHONY: help test pretrain bench wheel gpu lint clean
 

@@ -20,7 +20,7 @@ PY=$VENV_WHEEL/bin/python
 PIP="$PY -m pip --disable-pip-version-check"
 # shellcheck disable=SC2086  # TORCH_CUDA may hold options
 $PIP install --quiet $TORCH_CUDA
-$PIP install --quiet "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.13,<4"
+$PIP install --quiet "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
 CUDA_HOME=$("$PY" tools/cuda_toolkit.py)
 export CUDA_HOME MAXVA_BUILD_CUDA=1 PATH="$PWD/$VENV_WHEEL/bin:$PATH"
