@@ -46,24 +46,25 @@ def normalized(x: Tensor, v: Tensor, w: Tensor, vmax: Tensor | None, h: dict[str
     return torch.where(denominator == 0, 0.0, x / denominator)
 
 
+def momentum_input(
+    algorithm: str, g: Tensor, v: Tensor, w: Tensor, vmax: Tensor | None, h: dict[str, float]
+) -> Tensor:
+    """What enters the momentum: g in MAdam (Alg. 1), g normalised in LaMAdam (Alg. 2)."""
+    return g if algorithm == "madam" else normalized(g, v, w, vmax, h)
+
+
 def direction(
     algorithm: str,
-    g: Tensor,
+    x: Tensor,
     m: Tensor,
     v: Tensor,
     w: Tensor,
     vmax: Tensor | None,
     h: dict[str, float],
-) -> tuple[Tensor, Tensor]:
-    """What enters the momentum, and the update before bias correction.
-
-    Returns:
-        x, the input of the momentum: g in MAdam (Alg. 1), g normalised in LaMAdam (Alg. 2), and
-        the direction that the momentum `m` (already moved) gives.
-    """
-    x = g if algorithm == "madam" else normalized(g, v, w, vmax, h)
+) -> Tensor:
+    """The update before bias correction, from the momentum m that x has entered already."""
     ahead = h["alpha"] * m + (1 - h["alpha"]) * x if h["nesterov"] else m
-    return x, (normalized(ahead, v, w, vmax, h) if algorithm == "madam" else ahead)
+    return normalized(ahead, v, w, vmax, h) if algorithm == "madam" else ahead
 
 
 class EagerBackend:
@@ -136,11 +137,11 @@ class EagerBackend:
         if phase != Phase.PARAMETERS:
             u_new, v_new, w_new = observe(g, u, v, w, h)
             vmax_new = None if vmax is None else torch.maximum(vmax, v_new / w_new)
-            x, _ = direction(algorithm, g, m, v_new, w_new, vmax_new, h)
-            m_new = m + (1 - h["alpha"]) * (x - m)
         else:
-            m_new, u_new, v_new, w_new, vmax_new = m, u, v, w, vmax
-        _, update = direction(algorithm, g, m_new, v_new, w_new, vmax_new, h)
+            u_new, v_new, w_new, vmax_new = u, v, w, vmax
+        x = momentum_input(algorithm, g, v_new, w_new, vmax_new, h)
+        m_new = m if phase == Phase.PARAMETERS else m + (1 - h["alpha"]) * (x - m)
+        update = direction(algorithm, x, m_new, v_new, w_new, vmax_new, h)
         if h["bias_correction"]:
             t = batch.step[i].double() + 1
             update = update / (1 - torch.pow(h["alpha"], t))
