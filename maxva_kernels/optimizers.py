@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from maxva_kernels import rounding
 from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
 from maxva_kernels.sharding import NormGroup, Sharding
 from maxva_kernels.state import Shield, new_master, new_state, placed, shielded
+from maxva_kernels.statistics import StepStatistics
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
@@ -66,6 +68,7 @@ class MaxVA(Optimizer):
     _step_supports_amp_scaling = True
     _backend = "auto"
     _norm_group: NormGroup | None = None
+    _statistics: StepStatistics | None = None
 
     def __init__(
         self,
@@ -197,6 +200,8 @@ class MaxVA(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
         hyper_row(group)
+        if group["stochastic_rounding"]:
+            rounding.check(group)
         for name in SHARED:
             if group[name] != self.param_groups[0][name]:
                 raise ValueError(
@@ -248,6 +253,30 @@ class MaxVA(Optimizer):
                 if group["master_weights"] and p.dtype in _LOW_PRECISION:
                     self.state[p].setdefault("master_param", new_master(p))
 
+    def stats(self) -> list[dict[str, float]]:
+        """Telemetry of the last step that was not skipped, for groups with collect_stats=True.
+
+        Waits for the device. Where parameters are sharded, or with norm_process_group, the values
+        are those of all ranks, and all ranks have to call it.
+
+        Returns:
+            Per group, in order: `mean_beta`, the mean of beta_t over coordinates (Eq. 6);
+            `share_at_beta_min` and `share_at_beta_max`, the shares of coordinates whose beta_t is
+            beta_min and betas[1]; `mean_step_size`, the mean of |eta update|, with the trust ratio
+            and without decoupled decay (the paper's "average step size", Fig. 4 and 8);
+            `grad_norm`, of the group's unscaled gradients before clipping; `skipped_steps` since
+            this optimizer was made. NaN where there has been no step yet, or no gradient in it;
+            an empty dict for groups that do not collect.
+
+        Raises:
+            RuntimeError: no group collects.
+        """
+        collecting = self._collecting()
+        if not any(collecting):
+            raise RuntimeError("stats() needs collect_stats=True in at least one group")
+        statistics = self._statistics or StepStatistics()
+        return statistics.read(collecting, Sharding(self.param_groups, self._norm_group))
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; see docs/algorithm.md section 2.
 
@@ -279,6 +308,10 @@ class MaxVA(Optimizer):
         created: list[tuple[Tensor, dict[str, Any]]] = []
         try:
             batches = self._collect(rows, created)
+            collecting = self._collecting()
+            if any(collecting):
+                self._statistics = self._statistics or StepStatistics()
+                self._statistics.attach(batches, collecting)
             sharding.localize(batches, isinstance(getattr(self, "grad_scale", None), Tensor))
             if (created or sharding.spans_ranks) and self._observes_nothing(
                 batches, created, sharding
@@ -297,6 +330,11 @@ class MaxVA(Optimizer):
                     del self.state[p]
             raise
         self._count_groups(controls, counted)
+        if any(collecting) and self._statistics is not None:
+            self._statistics.count_skip(controls)
+
+    def _collecting(self) -> list[bool]:
+        return [group["collect_stats"] for group in self.param_groups]
 
     def _check(self) -> list[tuple[float, ...]]:
         """Checks groups and gradients, changes nothing; returns the groups' rows."""
@@ -306,6 +344,8 @@ class MaxVA(Optimizer):
         for group in self.param_groups:
             check_lr(group["lr"])
             rows.append(hyper_row(group))
+            if group["stochastic_rounding"]:
+                rounding.check(group)
             for name in SHARED:
                 if group[name] != first[name]:
                     raise ValueError(
@@ -328,12 +368,15 @@ class MaxVA(Optimizer):
     ) -> list[Batch]:
         """Sorts all tensors into batches; creates missing states and lists them in `created`."""
         batches: dict[tuple[Any, ...], Batch] = {}
-        for row, group in zip(rows, self.param_groups, strict=True):
+        rounds = any(group["stochastic_rounding"] for group in self.param_groups)
+        end = 0
+        for k, (row, group) in enumerate(zip(rows, self.param_groups, strict=True)):
+            start, end = end, end + len(group["params"])
             amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
             batch, kind = Batch(torch.device("meta")), None
             if group["params"]:
                 self._place_group_step(group, group["params"][0].device)
-            for p in group["params"]:
+            for parameter, p in enumerate(group["params"], start):
                 g = p.grad
                 if g is None:
                     continue
@@ -343,7 +386,7 @@ class MaxVA(Optimizer):
                     batch = batches.setdefault(
                         (*kind, amsgrad, trust_ratio), Batch(p.device, trust_ratio)
                     )
-                    self._begin_group(batch, group, row)
+                    self._begin_group(batch, k, row)
                 state = self.state[p]
                 if (
                     "maxva_weight" not in state
@@ -370,9 +413,12 @@ class MaxVA(Optimizer):
                     batch.vmax.append(state["max_exp_avg_sq"])
                 if has_master:
                     batch.master.append(state["master_param"])
+                if rounds:
+                    batch.rounding.extend(rounding.row(group, p, parameter))
         return list(batches.values())
 
-    def _begin_group(self, batch: Batch, group: dict[str, Any], row: tuple[float, ...]) -> None:
+    def _begin_group(self, batch: Batch, index: int, row: tuple[float, ...]) -> None:
+        group = self.param_groups[index]
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != batch.device:
             if lr.device.type == "cpu" and _is_capturing(batch.device):
@@ -386,6 +432,7 @@ class MaxVA(Optimizer):
         batch.hyper.extend((lr if host_lr else math.nan, *row))
         batch.lr.append(None if host_lr else lr)
         batch.group_sizes.append(0)
+        batch.groups.append(index)
         step = group["step"]
         if isinstance(step, Tensor) and step.device == batch.device:
             batch.group_step.append(step)
@@ -539,8 +586,15 @@ class FusedMAdam(MaxVA):
             that is 1.
         eps_inside_sqrt: add eps to v/w inside the root instead (as Alg. 2 is printed).
         set_grad_none: the default of `zero_grad(set_to_none=...)`.
-        collect_stats, stochastic_rounding, rounding_seed, state_dtype, fp32_state_below,
-            norm_process_group: reserved; other values than the default raise NotImplementedError.
+        collect_stats: keep what `stats()` tells, in the same pass; results do not change.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias, so that
+            updates below half a unit in the last place are not lost; instead of master_weights.
+            The random bits depend on rounding_seed, the parameter's index in the optimizer, the
+            element's index in the whole parameter and the number of the update alone: they are the
+            same on every backend, thread count and sharding, and after resuming.
+        rounding_seed: in [0, 2^63).
+        state_dtype, fp32_state_below: reserved; other values than the default raise
+            NotImplementedError.
         backend: "cuda", "cpu", "eager", or "auto" for the best there is for the parameters'
             device; the MAXVA_BACKEND variable overrides "auto".
 

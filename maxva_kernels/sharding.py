@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from maxva_kernels.batch import Batch
+from maxva_kernels.batch import Batch, Statistic
 from maxva_kernels.hyper import describe
 
 #: Fields of a Batch that are divided as their parameter is, with the names users know.
@@ -153,6 +153,7 @@ class Sharding:
                 "trust_ratio": group["trust_ratio"],
                 "max_grad_norm": group["max_grad_norm"] is not None and self._norm_group is None,
                 "skip_nonfinite": group["skip_nonfinite"] and self._norm_group is None,
+                "collect_stats": group["collect_stats"] and self._norm_group is None,
             }
             wanted = [name for name, is_wanted in options.items() if is_wanted]
             for index, p in enumerate(group["params"] if wanted else ()):
@@ -328,14 +329,37 @@ class Sharding:
         Args:
             norms: per batch float64 [parameters, 2], the sums of squares of this rank's parts.
         """
-        if not self._process_groups:
-            return
+        if self._process_groups:
+            self._complete(2, [(self._rows[id(batch)], values) for batch, values in norms])
+
+    def sum_statistics(self, tables: list[tuple[list[Tensor], Tensor]]) -> None:
+        """Completes sums over the elements of divided parameters, in place.
+
+        Args:
+            tables: parameters, and float64 [parameters, len(Statistic)] of this rank's parts.
+        """
+        if self._process_groups:
+            rows = self._row_of
+            self._complete(
+                len(Statistic),
+                [
+                    ({i: rows[id(p)] for i, p in enumerate(params) if id(p) in rows}, values)
+                    for params, values in tables
+                ],
+            )
+
+    def sum_over_norm_group(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of norm_process_group; without one, `values`."""
+        return values if self._norm_group is None else self._all_reduce(values, self._norm_group)
+
+    def _complete(self, width: int, tables: list[tuple[dict[int, int], Tensor]]) -> None:
+        """Sums rows over ranks, in place: per table {its row: row among divided parameters}."""
         device = self._device()
-        table = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
+        table = torch.zeros(len(self._names), width, dtype=torch.float64, device=device)
         places = [
             (values, _index(tuple(rows), values.device), _index(tuple(rows.values()), device))
-            for batch, values in norms
-            if (rows := self._rows[id(batch)])
+            for rows, values in tables
+            if rows
         ]
         for values, here, there in places:
             table[there] = values[here].to(device)
