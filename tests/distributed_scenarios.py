@@ -336,7 +336,9 @@ def found_inf_of_one_rank_holds_on_all(directory: Path) -> None:
 def gradscaler_over_dtensors(directory: Path) -> None:
     """Also where the first gradient's mesh does not reach the rank with the overflow."""
     for kind in kinds():
-        places = [place or [Replicate()] * (1 if kind == "fsdp" else 2) for place in placements_of(kind)]
+        places = [
+            place or [Replicate()] * (1 if kind == "fsdp" else 2) for place in placements_of(kind)
+        ]
         twins = Twins(kind, dtype=torch.float32, placements=places[::-1], shapes=SHAPES[::-1])
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
         scaler.scale(torch.ones(()))  # makes the scale
@@ -550,3 +552,361 @@ def a_norm_group_beside_meshes(directory: Path) -> None:
         truth.step()
         opt.step()
     close(p, truth_params[stage], 1e-12, "stage")
+
+
+# --- models under the engines of torch.distributed -----------------------------------------------
+
+
+class Net(nn.Module):
+    """Dimensions that no world size divides; a frozen layer; one that only odd steps use."""
+
+    def __init__(self, hidden: int = 7, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, hidden)
+        self.second = nn.Linear(hidden, 3)
+        self.frozen = nn.Linear(3, 3)
+        self.sometimes = nn.Linear(3, 3, bias=False)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 2)
+        self.frozen.requires_grad_(False)
+        self.to(dtype)
+
+    def forward(self, x: Tensor, odd: bool) -> Tensor:
+        y = self.frozen(self.second(torch.tanh(self.first(x))))
+        return y + self.sometimes(y) if odd else y
+
+
+def loss_of(net: nn.Module, t: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same on every rank, so that averaging over ranks changes nothing."""
+    generator = torch.Generator().manual_seed(t)
+    x = torch.randn(4, 5, generator=generator).to(dtype)
+    return net(x, odd=t % 2 == 1).square().mean()
+
+
+def train(net: nn.Module, opt: Any, steps: range, dtype: torch.dtype = torch.float64) -> None:
+    for t in steps:
+        loss_of(net, t, dtype).backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def shard(net: nn.Module, **options: Any) -> nn.Module:
+    for layer in (net.first, net.second, net.frozen, net.sometimes):
+        fully_shard(layer, **options)
+    return fully_shard(net, **options)
+
+
+def sharded_net(**options: Any) -> nn.Module:
+    return shard(Net(), mesh=mesh_of(world()), **options)
+
+
+def make_optimizer(net: nn.Module, cls: Any = FusedMAdam, **options: Any) -> Any:
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    return cls([{"params": named[:2]}, {"params": named[2:], "lr": 0.05}], lr=0.1, **options)
+
+
+def check_against_shadow(net: nn.Module, tolerance: float, dtype: Any, **options: Any) -> None:
+    """Trains; a twin over whole tensors gets the gathered gradients and must go the same way."""
+    opt = make_optimizer(net, **options)
+    params = [p for p in net.parameters() if p.requires_grad]
+    shadow_params = [Parameter(whole(p).clone()) for p in params]
+    groups = [{"params": shadow_params[:2]}, {"params": shadow_params[2:], "lr": 0.05}]
+    shadow = FusedMAdam(groups, lr=0.1, **options)
+    unused = 0
+    for t in range(4):
+        loss_of(net, t, dtype).backward()
+        for p, q in zip(params, shadow_params, strict=True):
+            q.grad = None if p.grad is None else whole(p.grad).clone()
+            unused += p.grad is None
+        opt.step()
+        shadow.step()
+        opt.zero_grad()
+    assert unused == 2
+    for (name, p), q in zip(net.named_parameters(), shadow_params, strict=False):
+        assert p.grad is None, name
+    for p, q in zip(params, shadow_params, strict=True):
+        close(whole(p), q.detach(), tolerance, f"{tuple(p.shape)} {options}")
+        for key, value in opt.state[p].items():
+            close(whole(value), shadow.state[q][key], tolerance, f"{key} {options}")
+            if key != "step":
+                assert value.placements == p.placements, key
+
+
+@scenario(2, 4)
+def fsdp2_models(directory: Path) -> None:
+    every = {**OPTIONS["all"]}
+    flat = mesh_of(world())
+    for options in (OPTIONS["plain"], every):
+        check_against_shadow(shard(Net(), mesh=flat), 1e-11, torch.float64, **options)
+    # elementwise, so the bits are the same however the elements are divided
+    check_against_shadow(shard(Net(dtype=torch.float32), mesh=flat), 0, torch.float32)
+    bf16 = torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+    net = shard(Net(dtype=torch.float32), mesh=flat, mp_policy=policy)
+    check_against_shadow(net, 1e-5, torch.float32, max_grad_norm=0.5)
+    net = shard(Net(dtype=bf16), mesh=flat)
+    check_against_shadow(net, 0, bf16, master_weights=True)
+    net = shard(Net(), mesh=flat, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    check_against_shadow(net, 1e-11, torch.float64, **every)
+    if world() == 4:
+        check_against_shadow(shard(Net(), mesh=mesh_of(2, 2)), 1e-11, torch.float64, **every)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+        net = parallelize_module(Net(hidden=8), mesh["tp"], plan)
+        net = fully_shard(net, mesh=mesh["dp"])
+        if True:
+            kinds_seen = {type(x).__name__ for p in net.parameters() for x in p.placements}
+            print(kinds_seen, flush=True)
+        check_against_shadow(net, 1e-11, torch.float64, **every)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+FULL = StateDictOptions(full_state_dict=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def parameters_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p).clone() for name, p in net.named_parameters()}
+
+
+@scenario(2, 4)
+def initialising_for_a_checkpoint_changes_nothing(directory: Path) -> None:
+    for options in ({}, {"max_grad_norm": 0.5, "trust_ratio": True, "weight_decay": 0.1}):
+        nets = [sharded_net() for _ in range(2)]
+        opts = [make_optimizer(net, **options) for net in nets]
+        before = parameters_of(nets[0])
+        state_dict = get_optimizer_state_dict(nets[0], opts[0])
+        assert state_dict["state"]["second.weight"]["step"] == 0
+        assert same_bits(before, parameters_of(nets[0]))
+        for net, opt in zip(nets, opts, strict=True):
+            train(net, opt, range(1, 4))
+        assert same_bits(parameters_of(nets[0]), parameters_of(nets[1]))
+        assert not same_bits(before, parameters_of(nets[0]))
+
+
+@scenario(2, 4)
+def state_dicts_of_every_form_go_on(directory: Path) -> None:
+    one = Net()
+    one_opt = make_optimizer(one)
+    train(one, one_opt, range(4))
+    for options in (None, FULL, FLAT):
+        net = sharded_net()
+        opt = make_optimizer(net)
+        train(net, opt, range(2))
+        saved = copy.deepcopy(get_optimizer_state_dict(net, opt, options=options))
+        if options is FULL and rank() == 0:
+            m = saved["state"]["first.weight"]["exp_avg"]
+            assert type(m) is Tensor
+            assert m.shape == (7, 5)
+        other = sharded_net()
+        set_model_state_dict(other, get_model_state_dict(net))
+        other_opt = make_optimizer(other)
+        if options is FULL:
+            broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_optimizer_state_dict(other, other_opt, saved, options=broadcast)
+        else:
+            set_optimizer_state_dict(other, other_opt, saved, options=options)
+        for p in other.parameters():
+            for key, value in other_opt.state.get(p, {}).items():
+                assert isinstance(value, DTensor) == (key != "step"), key
+        train(net, opt, range(2, 4))
+        train(other, other_opt, range(2, 4))
+        assert same_bits(parameters_of(net), parameters_of(other)), options
+        for (name, p), q in zip(net.named_parameters(), one.parameters(), strict=True):
+            close(whole(p), q.detach(), 1e-11, name)
+
+
+@scenario(2, 4)
+def plain_state_dicts_and_copies(directory: Path) -> None:
+    net = sharded_net()
+    opt = make_optimizer(net)
+    train(net, opt, range(2))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    other = sharded_net()
+    set_model_state_dict(other, get_model_state_dict(net))
+    other_opt = make_optimizer(other)
+    other_opt.load_state_dict(loaded)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        for key, value in opt.state.get(p, {}).items():
+            assert type(other_opt.state[q][key]) is type(value), key
+    train(net, opt, range(2, 4))
+    train(other, other_opt, range(2, 4))
+    assert same_bits(parameters_of(net), parameters_of(other))
+
+    copied = copy.deepcopy(opt)
+    pairs = [
+        (p, q)
+        for group, other_group in zip(opt.param_groups, copied.param_groups, strict=True)
+        for p, q in zip(group["params"], other_group["params"], strict=True)
+    ]
+    for p, q in pairs:
+        p.grad = torch.ones_like(p)
+        q.grad = torch.ones_like(q)
+        assert p is not q
+        assert isinstance(copied.state[q]["exp_avg"], DTensor)
+    opt.step()
+    copied.step()
+    assert all(same_bits(p.to_local(), q.to_local()) for p, q in pairs)
+
+    broken = other_opt.state_dict()
+    state = broken["state"][0]
+    broken["state"][0] = {**state, "exp_avg": whole(state["exp_avg"])}
+    kept = other_opt.state[other.first.weight]["exp_avg"]
+    with raises(ValueError, "'first.weight'", "exp_avg", "set_optimizer_state_dict"):
+        other_opt.load_state_dict(broken)
+    assert other_opt.state[other.first.weight]["exp_avg"] is kept
+
+
+@scenario(2)
+def save_for_other_world_sizes(directory: Path) -> None:
+    net = sharded_net()
+    opt = make_optimizer(net, amsgrad=True, max_grad_norm=0.5)
+    train(net, opt, range(3))
+    states = {"net": get_model_state_dict(net), "opt": get_optimizer_state_dict(net, opt)}
+    future = dcp.async_save(states, checkpoint_id=directory / "async")
+    expected = parameters_of(net)
+    dcp.save(states, checkpoint_id=directory / "two")
+    states["opt"] = get_optimizer_state_dict(net, opt, options=FLAT)
+    dcp.save(states, checkpoint_id=directory / "flat")
+    train(net, opt, range(3, 6))
+    future.result()
+    if rank() == 0:
+        torch.save((expected, parameters_of(net)), directory / "expected.pt")
+    dist.barrier()
+
+
+@scenario(1, 2, 3, 4)
+def load_what_two_ranks_have_saved(directory: Path) -> None:
+    at_save, at_end = torch.load(directory / "expected.pt")
+    for name, options in (("two", None), ("flat", FLAT), ("async", None)):
+        net = sharded_net()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.fill_(7.0)
+        opt = make_optimizer(net, amsgrad=True, max_grad_norm=0.5)
+        states = {
+            "net": get_model_state_dict(net),
+            "opt": get_optimizer_state_dict(net, opt, options=options),
+        }
+        dcp.load(states, checkpoint_id=directory / name)
+        set_model_state_dict(net, states["net"])
+        set_optimizer_state_dict(net, opt, states["opt"], options=options)
+        assert same_bits(parameters_of(net), at_save), name
+        assert {int(opt.state[p]["step"]) for p in net.first.parameters()} == {3}
+        assert int(opt.state[net.sometimes.weight]["step"]) == 1
+        train(net, opt, range(3, 6))
+        for key, value in parameters_of(net).items():
+            close(value, at_end[key], 1e-11, f"{name} {key}")
+
+
+# --- engines that leave plain tensors ------------------------------------------------------------
+
+
+@scenario(2, 4)
+def ddp_keeps_ranks_identical(directory: Path) -> None:
+    for options in (
+        {"gradient_as_bucket_view": True},
+        {"gradient_as_bucket_view": True, "static_graph": True},
+        {"find_unused_parameters": True},
+    ):
+        net = Net(dtype=torch.float32)
+        ddp = DistributedDataParallel(net, **options)
+        opt = make_optimizer(net, max_grad_norm=0.5, trust_ratio=True, weight_decay=0.1)
+        misaligned = 0
+        for t in range(50):
+            odd = t % 2 == 1 if "find_unused_parameters" in options else True
+            generator = torch.Generator().manual_seed(1000 * rank() + t)
+            ddp(torch.randn(4, 5, generator=generator), odd).square().mean().backward()
+            misaligned += sum(
+                p.grad is not None and p.grad.data_ptr() % 16 for p in net.parameters()
+            )
+            opt.step()
+            opt.zero_grad()
+        assert misaligned or "gradient_as_bucket_view" not in options
+        for name, p in net.named_parameters():
+            for tensor in (p.detach(), *opt.state.get(p, {}).values()):
+                gathered = [torch.empty_like(tensor) for _ in range(world())]
+                dist.all_gather(gathered, tensor)
+                assert all(same_bits(tensor, other) for other in gathered), (name, options)
+        assert int(opt.param_groups[0]["step"]) == 50
+
+
+@scenario(2, 4)
+def zero_redundancy_optimizer(directory: Path) -> None:
+    group = dist.group.WORLD
+    options = {"lr": 0.1, "max_grad_norm": 0.3, "weight_decay": 0.1, "trust_ratio": True}
+    divided = functools.partial(FusedMAdam, norm_process_group=group)
+
+    def trainable(net: nn.Module) -> list[Parameter]:
+        return [p for p in net.parameters() if p.requires_grad]
+
+    net, one = Net(), Net()
+    ddp = DistributedDataParallel(net, find_unused_parameters=True)
+    opt = ZeroRedundancyOptimizer(trainable(net), divided, **options)
+    truth = FusedMAdam(trainable(one), **options)
+    train(ddp, opt, range(3))
+    train(one, truth, range(3))
+    opt.consolidate_state_dict()
+    holder = [opt.state_dict() if rank() == 0 else None]
+    dist.broadcast_object_list(holder)
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    other_ddp = DistributedDataParallel(other, find_unused_parameters=True)
+    other_opt = ZeroRedundancyOptimizer(trainable(other), divided, **options)
+    other_opt.load_state_dict(holder[0])
+    for model, optimizer in ((ddp, opt), (other_ddp, other_opt), (one, truth)):
+        train(model, optimizer, range(3, 6))
+    assert same_bits(parameters_of(net), parameters_of(other))
+    for (name, p), q in zip(net.named_parameters(), one.parameters(), strict=True):
+        close(p.detach(), q.detach(), 1e-11, name)
+    # more ranks than parameters
+    p, q = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    p.grad, q.grad = torch.full((3,), 5.0), torch.full((3,), 5.0)
+    ZeroRedundancyOptimizer([p], divided, **options).step()
+    FusedMAdam([q], **options).step()
+    assert same_bits(p.detach(), q.detach())
+    with raises(ValueError, "norm_process_group", "functools.partial"):
+        ZeroRedundancyOptimizer([p], FusedMAdam, norm_process_group=group, **options)
+
+
+@scenario(2, 4)
+def fsdp1(directory: Path) -> None:
+    for use_orig_params in (True, False):
+
+        def wrapped() -> nn.Module:
+            net = Net(dtype=torch.float32)
+            net.frozen.requires_grad_(True)
+            return FullyShardedDataParallel(
+                net, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+            )
+
+        for options, message in (
+            ({"trust_ratio": True}, "trust_ratio"),
+            ({"max_grad_norm": 1.0}, "max_grad_norm"),
+            ({"skip_nonfinite": True}, "skip_nonfinite"),
+            ({"trust_ratio": True, "norm_process_group": dist.group.WORLD}, "trust_ratio"),
+        ):
+            net = wrapped()
+            opt = FusedMAdam(net.parameters(), **options)
+            loss_of(net, 1, torch.float32).backward()
+            with raises(NotImplementedError, "FSDP1", message):
+                opt.step()
+            assert not opt.state
+        for options in ({}, {"max_grad_norm": 0.1, "norm_process_group": dist.group.WORLD}):
+            net, one = wrapped(), Net(dtype=torch.float32)
+            one.frozen.requires_grad_(True)
+            opt = FusedMAdam(net.parameters(), lr=0.01, **options)
+            options.pop("norm_process_group", None)
+            truth = FusedMAdam(one.parameters(), lr=0.01, **options)
+            train(net, opt, range(3), torch.float32)
+            train(one, truth, range(3), torch.float32)
+            with FullyShardedDataParallel.summon_full_params(net):
+                names = [name for name, _ in one.named_parameters()]
+                for name, q in zip(names, one.parameters(), strict=True):
+                    close(net.module.get_parameter(name).detach(), q.detach(), 1e-5, name)

@@ -79,7 +79,10 @@ def _run_rank(rank: int, world: int, directory: Path, shared: Path) -> None:
 
 def main() -> None:
     world, directory, shared = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    import distributed_scenarios  # noqa: F401, before the ranks are forked
+    # DTensor imports it when first used; before the ranks are forked it is imported once
+    import torch._dynamo
+
+    import distributed_scenarios  # noqa: F401
 
     children = []
     for rank in range(world):
