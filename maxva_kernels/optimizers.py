@@ -205,7 +205,7 @@ class MaxVA(Optimizer):
 
     def _place_group_tensors(self, group: dict[str, Any]) -> None:
         device = group["params"][0].device if group["params"] else torch.device("cpu")
-        if group["capturable"]:  # float64, so that the value is the one a Python number gives
+        if group["capturable"] and device.type != "meta":  # float64, so that the value is the one a Python number gives
             group["lr"] = torch.as_tensor(
                 group["lr"],
                 dtype=None if isinstance(group["lr"], Tensor) else torch.float64,
@@ -215,9 +215,12 @@ class MaxVA(Optimizer):
 
     @staticmethod
     def _place_group_step(group: dict[str, Any], device: torch.device) -> None:
-        """An int for CPU groups, an int32 tensor of shape [1] on the device for others."""
+        """An int for CPU groups, an int32 tensor of shape [1] on the device for others.
+
+        An int as well where there is only a shape yet: a tensor on "meta" would lose the count.
+        """
         step = group["step"]
-        if device.type == "cpu":
+        if device.type in ("cpu", "meta"):
             if isinstance(step, Tensor):
                 group["step"] = int(step)
         elif not isinstance(step, Tensor) or step.device != device or step.numel() != 1:
