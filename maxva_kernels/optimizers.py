@@ -268,6 +268,9 @@ class MaxVA(Optimizer):
             self._step()
         return loss
 
+    # torch.compile has nothing to fuse here and would trace tables and checks. (This is
+    # torch.compiler.disable without its import of torch._dynamo, which takes seconds.)
+    @torch._disable_dynamo
     def _step(self) -> None:
         rows = self._check()
         created: list[tuple[Tensor, dict[str, Any]]] = []
