@@ -310,3 +310,38 @@ def test_the_whole_step_in_one_graph(cls: Any, precision: str) -> None:
     for p, q in zip(captured.model.parameters(), run.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
     assert int(captured.groups()[0]["step"]) == 24 - (overflow_at > 0)
+
+
+def test_a_checkpoint_of_the_script_s_lamb_is_a_warm_start() -> None:
+    """It keeps Adam's moments per parameter, lr and step as device tensors per group."""
+    run = Run("cpu", "fp32")
+    adam = torch.optim.Adam([p for group in run.groups() for p in group["params"]])
+    for t in range(3):
+        run.training_step(make_batch(t, "cpu"))
+        adam.step()
+        adam.zero_grad()
+    saved = adam.state_dict()
+    for values in saved["state"].values():
+        del values["step"]
+    lamb_groups = [
+        {
+            "lr": torch.full((1,), 0.5),
+            "step": torch.tensor([3], dtype=torch.int32),
+            "betas": (0.9, 0.999),
+            "eps": 1e-6,
+            "params": group["params"],
+        }
+        for group in run.optimizer.state_dict()["param_groups"]
+    ]
+    maxva_kernels.load_reference_state(
+        run.optimizer, {"state": saved["state"], "param_groups": lamb_groups}
+    )
+    for p in run.model.parameters():
+        state, adams = run.optimizer.state[p], adam.state[p]
+        assert state["step"] == 3
+        vhat = state["exp_avg_sq"] / state["maxva_weight"]
+        torch.testing.assert_close(vhat, adams["exp_avg_sq"] / (1 - 0.999**3))
+        assert torch.equal(state["exp_avg"], adams["exp_avg"])
+    assert [group["step"] for group in run.groups()] == [3, 3]
+    run.train(3, 4)
+    assert float(run.lr_seen[0]) == pytest.approx(scheduled(4))
