@@ -116,6 +116,7 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
              at::IntArrayRef group_sizes, at::ArrayRef<double> hyper,
              const c10::List<std::optional<Tensor>>& lr, const std::optional<Tensor>& control,
              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& norms,
+             const std::optional<Tensor>& statistics, at::IntArrayRef rounding,
              c10::string_view algorithm, int64_t phase) {
   if (theta.empty()) return;
   const size_t n = theta.size();
@@ -168,11 +169,21 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
       !control || (control->numel() == kControlFields && control->is_contiguous() &&
                    control->scalar_type() == at::kDouble && control->device() == device),
       "maxva: control must be float64 [", int(kControlFields), "] on ", device);
-  TORCH_CHECK_VALUE(
-      args.phase == Phase::kWhole || (norms && norms->sizes() == at::IntArrayRef({int64_t(n), 2}) &&
-                                      norms->scalar_type() == at::kDouble &&
-                                      norms->is_contiguous() && norms->device() == device),
-      "maxva: norms must be float64 [", n, ", 2] on ", device);
+  const auto is_table = [&](const std::optional<Tensor>& table, int64_t columns) {
+    return table && table->sizes() == at::IntArrayRef({int64_t(n), columns}) &&
+           table->scalar_type() == at::kDouble && table->is_contiguous() &&
+           table->device() == device;
+  };
+  TORCH_CHECK_VALUE(args.phase == Phase::kWhole || is_table(norms, 2),
+                    "maxva: norms must be float64 [", n, ", 2] on ", device);
+  TORCH_CHECK_VALUE(!statistics || is_table(statistics, kStatistics),
+                    "maxva: statistics must be float64 [", n, ", ", int(kStatistics), "] on ",
+                    device);
+  TORCH_CHECK_VALUE(rounding.empty() || rounding.size() == n * kRoundingFields,
+                    "maxva: rounding must be empty or ", n, " rows of ", kRoundingFields, ", has ",
+                    rounding.size(), " entries");
+  const auto* const rounding_rows = reinterpret_cast<const Rounding*>(rounding.data());
+  args.rounding.assign(rounding_rows, rounding_rows + rounding.size() / kRoundingFields);
 
   LayoutFitter fitter;
   for (const auto i : c10::irange(n)) {
@@ -190,6 +201,13 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
                        " for a parameter of ", theta[i].scalar_type());
     }
     check_one_element(step[i], "step", at::kFloat, device);
+    const Rounding rounding_of = args.rounding_of(i);
+    TORCH_CHECK_VALUE(rounding_of.parameter < 0 ||
+                          (theta[i].scalar_type() == at::kBFloat16 && master.empty() &&
+                           rounding_of.offset >= 0 && rounding_of.inner_local > 0 &&
+                           rounding_of.inner_global >= 0),
+                      "maxva: rounding[", i, "] is for a bfloat16 parameter without master weights, "
+                      "with offset >= 0 and positive inner sizes");
   }
   // Only now: a temporary is the first thing that costs, and copies must be in order.
   for (const auto i : c10::irange(n)) {
@@ -206,6 +224,7 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   args.control = control;
   args.grad_scale = grad_scale;
   args.norms = norms;
+  args.statistics = statistics;
 
   if (device.is_cpu()) {
     update_cpu(args);
@@ -267,8 +286,8 @@ TORCH_LIBRARY(maxva, m) {
       "update_(Tensor(a!)[] theta, Tensor(b!)[] g, Tensor(c!)[] m, Tensor(d!)[] u, "
       "Tensor(e!)[] v, Tensor(f!)[] w, Tensor(g!)[] vmax, Tensor(h!)[] master, "
       "Tensor(i!)[] step, Tensor(j!)[] group_step, int[] group_sizes, float[] hyper, "
-      "Tensor?[] lr, Tensor? control, Tensor? grad_scale, Tensor(k!)? norms, str algorithm, "
-      "int phase) -> ()");
+      "Tensor?[] lr, Tensor? control, Tensor? grad_scale, Tensor(k!)? norms, "
+      "Tensor(l!)? statistics, int[] rounding, str algorithm, int phase) -> ()");
   m.def("sum_of_squares(Tensor[] g) -> Tensor");
   m.def(
       "write_control_(Tensor(a!) control, Tensor? sum_of_squares, Tensor? grad_scale, "
@@ -290,6 +309,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TORCH_VERSION") = TORCH_VERSION;
   m.attr("HYPER_FIELDS") = maxva::kHyperFields;
   m.attr("CONTROL_FIELDS") = static_cast<int>(maxva::kControlFields);
+  m.attr("STATISTICS") = static_cast<int>(maxva::kStatistics);
+  m.attr("ROUNDING_FIELDS") = maxva::kRoundingFields;
   m.attr("WITH_CUDA") =
 #if defined(MAXVA_WITH_CUDA)
       true;

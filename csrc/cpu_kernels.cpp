@@ -27,6 +27,12 @@ constexpr int64_t kBlock = 128;
 #define MAXVA_VECTORIZE _Pragma("GCC ivdep")
 #endif
 
+#if defined(_MSC_VER)
+#define MAXVA_NO_INLINE __declspec(noinline)
+#else
+#define MAXVA_NO_INLINE __attribute__((noinline))
+#endif
+
 template <typename S>
 using computed_t = decltype(to_compute(S{}));
 
@@ -90,6 +96,52 @@ MAXVA_INLINE void divide_block(const T* __restrict from, T divisor, T* __restric
   for (int64_t i = 0; i < n; ++i) to[i] = from[i] / divisor;
 }
 
+template <typename T, typename F>
+MAXVA_INLINE double sum_of(const T* __restrict x, int64_t n, const F& fn) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += fn(x[i]);
+  return sum;
+}
+
+// c: 1 - beta_t of a block.
+template <typename T>
+MAXVA_INLINE void add_observations(const T* __restrict c, const T* __restrict g_raw, int64_t n,
+                                   const Scalars<T>& s, double* statistics) {
+  const T c_min = s.c_min, c_max = s.c_max;
+  statistics[kGradientSquares] += sum_of_squares_of(g_raw, n);
+  statistics[kOneMinusBeta] += sum_of(c, n, [](T x) { return x; });
+  statistics[kAtBetaMin] += sum_of(c, n, [=](T x) { return x == c_max ? T(1) : T(0); });
+  statistics[kAtBetaMax] += sum_of(c, n, [=](T x) { return x == c_min ? T(1) : T(0); });
+}
+
+// Random words of elements [i, i + n) of a tensor; `words` has room for three more on either side.
+MAXVA_INLINE const uint32_t* random_block(const RandomBits& random, int64_t i, int64_t n,
+                                          uint32_t* __restrict words) {
+  if (!random.in_a_row) {
+    for (int64_t k = 0; k < n; ++k) words[k] = random.word(i + k);
+    return words;
+  }
+  const int64_t first = (i + random.offset) / 4, skipped = (i + random.offset) % 4;
+  const int64_t calls = (skipped + n + 3) / 4;
+  MAXVA_VECTORIZE
+  for (int64_t k = 0; k < calls; ++k) {
+    const PhiloxWords of_call = random.words(first + k);
+    for (int j = 0; j < 4; ++j) words[4 * k + j] = of_call.x[j];
+  }
+  return words + skipped;
+}
+
+// Elements [i, i + n) of a tensor, at most a block.
+template <typename T>
+MAXVA_INLINE void store_stochastically(const T* __restrict from, BFloat16* __restrict to,
+                                       const RandomBits& random, int64_t i, int64_t n) {
+  alignas(64) uint32_t words[kBlock + 8];
+  const uint32_t* __restrict of_block = random_block(random, i, n, words);
+  MAXVA_VECTORIZE
+  for (int64_t k = 0; k < n; ++k) from_compute(static_cast<float>(from[k]), of_block[k], to[k]);
+}
+
 template <typename Ops, typename T>
 MAXVA_INLINE void gradient_block(const T* __restrict g_raw, const T* __restrict theta,
                                  T* __restrict g, int64_t n, const Scalars<T>& s) {
@@ -97,33 +149,38 @@ MAXVA_INLINE void gradient_block(const T* __restrict g_raw, const T* __restrict 
   for (int64_t i = 0; i < n; ++i) g[i] = observed_gradient<Ops>(g_raw[i], theta[i], s);
 }
 
-// Note [Plain blocks]
+// Note [Variants]
 // What most steps do not use (L2, nesterov, eps inside the root; clipping and maximize) costs an
-// eighth of the instructions. With kPlain its scalars are constants, and the compiler drops it.
+// eighth of the instructions. In kPlain its scalars are constants, and the compiler drops it.
+// kCollecting also leaves what statistics are made of; all three give the same bits.
+enum Variant { kPlain, kGeneral, kCollecting };
 
-// Leaves the observed gradient in g, unless it is g_raw itself (kPlain).
-template <bool kPlain, typename Ops, typename T>
+// Leaves the observed gradient in g, unless it is g_raw itself (kPlain), and 1 - beta_t in c
+// (kCollecting).
+template <Variant kVariant, typename Ops, typename T>
 MAXVA_INLINE void observe_block(const T* __restrict g_raw, const T* __restrict theta,
                                 T* __restrict g, T* __restrict u, T* __restrict v, T* __restrict w,
-                                int64_t n, const Scalars<T>& scalars) {
+                                T* __restrict c, int64_t n, const Scalars<T>& scalars) {
   Scalars<T> s = scalars;
-  if constexpr (kPlain) s.g_factor = T(1), s.l2 = T(0);
+  if constexpr (kVariant == kPlain) s.g_factor = T(1), s.l2 = T(0);
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    const T gi = observed_gradient<Ops>(g_raw[i], kPlain ? T(0) : theta[i], s);
+    const T gi = observed_gradient<Ops>(g_raw[i], kVariant == kPlain ? T(0) : theta[i], s);
     T ui = u[i], vi = v[i], wi = w[i];
-    observe<Ops>(gi, ui, vi, wi, s);
-    if constexpr (!kPlain) g[i] = gi;
+    const T ci = observe<Ops>(gi, ui, vi, wi, s);
+    if constexpr (kVariant == kCollecting) c[i] = ci;
+    if constexpr (kVariant != kPlain) g[i] = gi;
     u[i] = ui, v[i] = vi, w[i] = wi;
   }
 }
 
-template <bool kPlain, Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
+// Leaves the lengths of the steps in `length` (kCollecting).
+template <Variant kVariant, Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
 MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __restrict m,
                               const T* __restrict v, const T* __restrict w, T* __restrict vmax,
-                              int64_t n, const Scalars<T>& scalars) {
+                              T* __restrict length, int64_t n, const Scalars<T>& scalars) {
   Scalars<T> s = scalars;
-  if constexpr (kPlain) s.nesterov_x = T(0), s.eps_inside = T(0);
+  if constexpr (kVariant == kPlain) s.nesterov_x = T(0), s.eps_inside = T(0);
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
@@ -132,6 +189,7 @@ MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __r
     accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
     const T step = direction<kAlgorithm, Ops>(g[i], mi, normalize, s);
     theta[i] = moved_parameter<Ops>(theta[i], step, s);
+    if constexpr (kVariant == kCollecting) length[i] = step_length(step, s);
     m[i] = mi;
     if constexpr (kAmsgrad) vmax[i] = maximum;
   }
@@ -157,14 +215,15 @@ MAXVA_INLINE void states_block(const T* __restrict g, const T* __restrict theta,
 template <Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
 MAXVA_INLINE void parameters_block(const T* __restrict g, T* __restrict theta,
                                    const T* __restrict m, const T* __restrict v,
-                                   const T* __restrict w, const T* __restrict vmax, int64_t n,
-                                   const Scalars<T>& s) {
+                                   const T* __restrict w, const T* __restrict vmax,
+                                   T* __restrict length, int64_t n, const Scalars<T>& s) {
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     const T maximum = kAmsgrad ? vmax[i] : T(0);
     const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
     const T step = direction<kAlgorithm, Ops>(g[i], m[i], normalize, s);
     theta[i] = moved_parameter<Ops>(theta[i], step, s);
+    length[i] = step_length(step, s);
   }
 }
 
@@ -173,7 +232,10 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
                                         Phase phase) {
   const Scalars<T> s = scalars;  // a copy that no store through a pointer can change
   SumsOfSquares sums{0, 0};
-  BlockBuffer<T> theta_buffer, g_buffer, observed, update_buffer;
+  double statistics[kStatistics] = {};
+  BlockBuffer<T> theta_buffer, g_buffer, observed, update_buffer, c_buffer;
+  T* const c = c_buffer.values;
+  T* const length = update_buffer.values;
   auto* const m = static_cast<T*>(chunk.m);
   auto* const u = static_cast<T*>(chunk.u);
   auto* const v = static_cast<T*>(chunk.v);
@@ -182,8 +244,9 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   void* const moved = chunk.master ? chunk.master : chunk.theta;
   const DType moved_dtype = chunk.master ? DType::kFloat32 : chunk.theta_dtype;
   const bool frozen = s.eta == T(0);  // lr = 0: a copy is moved, and not stored
-  const bool plain_gradient = s.g_factor == T(1) && s.l2 == T(0);
-  const bool plain_direction = s.nesterov_x == T(0) && s.eps_inside == T(0);
+  const bool collect = chunk.statistics != nullptr;
+  const bool plain_gradient = !collect && s.g_factor == T(1) && s.l2 == T(0);
+  const bool plain_direction = !collect && s.nesterov_x == T(0) && s.eps_inside == T(0);
   for (int64_t b = 0; b < chunk.n; b += kBlock) {
     const int64_t n = chunk.n - b < kBlock ? chunk.n - b : kBlock;
     T* const theta = theta_buffer.load(moved_dtype, moved, b, n, frozen);
@@ -201,12 +264,16 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     T* const vmax_b = kAmsgrad ? vmax + b : nullptr;
     if (phase == Phase::kParameters) {
       gradient_block<Ops>(g_raw, theta, observed.values, n, s);
-      parameters_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
+      parameters_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, length, n,
+                                                  s);
     } else if (plain_gradient) {
-      observe_block<true, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, n, s);
+      observe_block<kPlain, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
       g = g_raw;
+    } else if (collect) {
+      observe_block<kCollecting, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
+      Ops::add_observations(c, g_raw, n, s, statistics);
     } else {
-      observe_block<false, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, n, s);
+      observe_block<kGeneral, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
     }
     if (phase == Phase::kStates) {
       T* const update = update_buffer.values;
@@ -217,13 +284,28 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     }
     if (phase == Phase::kWhole) {
       if (plain_direction) {
-        whole_block<true, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
+        whole_block<kPlain, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                       length, n, s);
+      } else if (collect) {
+        whole_block<kCollecting, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                            length, n, s);
       } else {
-        whole_block<false, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, n, s);
+        whole_block<kGeneral, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                         length, n, s);
       }
     }
-    if (!frozen && (chunk.master || theta == theta_buffer.values)) {
+    if (collect) statistics[kStepSize] += sum_of(length, n, [](T x) { return x; });
+    if (frozen) continue;
+    if (chunk.random && chunk.random->on) {
+      Ops::store_stochastically(theta, static_cast<BFloat16*>(chunk.theta) + b, *chunk.random,
+                                chunk.first + b, n);
+    } else if (chunk.master || theta == theta_buffer.values) {
       BlockBuffer<T>::store(theta, chunk.theta_dtype, chunk.theta, b, n);
+    }
+  }
+  if (collect) {
+    for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
+      chunk.statistics[k] = statistics[k];
     }
   }
   return sums;
@@ -235,11 +317,24 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
   return sum;
 }
 
-// Entry points of one instruction set: thin functions with a target, everything else inlined.
-#define MAXVA_ISA(name, target, Ops)                                                             \
+// Entry points of one instruction set: thin functions with a target, everything else inlined; but
+// what few steps use is a function of its own, so that it is not compiled into every variant.
+#define MAXVA_ISA(name, target, Fma)                                                             \
+  struct Ops_##name : Fma {                                                                      \
+    template <typename T>                                                                        \
+    target MAXVA_NO_INLINE static void store_stochastically(                                     \
+        const T* from, BFloat16* to, const RandomBits& random, int64_t i, int64_t n) {           \
+      maxva::store_stochastically(from, to, random, i, n);                                       \
+    }                                                                                            \
+    template <typename T>                                                                        \
+    target MAXVA_NO_INLINE static void add_observations(                                         \
+        const T* c, const T* g_raw, int64_t n, const Scalars<T>& s, double* statistics) {        \
+      maxva::add_observations(c, g_raw, n, s, statistics);                                       \
+    }                                                                                            \
+  };                                                                                             \
   template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                     \
   target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) { \
-    return update_chunk<kAlgorithm, kAmsgrad, Ops>(chunk, s, phase);                             \
+    return update_chunk<kAlgorithm, kAmsgrad, Ops_##name>(chunk, s, phase);                      \
   }                                                                                              \
   target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                   \
     return sum_of_squares_chunk(g, dtype, n);                                                    \

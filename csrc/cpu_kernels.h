@@ -4,14 +4,12 @@
 #include <cstdint>
 
 #include "maxva_math.h"
+#include "statistics.h"
+#include "stochastic_rounding.h"
 
 namespace maxva {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-// kWhole does everything in one pass. The trust ratio needs the norm of the whole tensor's update
-// first: kStates moves the states and sums squares, kParameters then moves the parameters.
-enum class Phase { kWhole, kStates, kParameters };
 
 // One chunk of one tensor; pointers are at its first element. m, u, v, w (and vmax) are of the
 // compute type: double for float64 parameters, else float.
@@ -24,6 +22,9 @@ struct ChunkView {
   const double* grad_scale;  // divides g, and g is written back; or null
   void *m, *u, *v, *w, *vmax;
   int64_t n;
+  int64_t first = 0;                   // index of the first element in its tensor
+  const RandomBits* random = nullptr;  // for rounding theta; or null
+  double* statistics = nullptr;        // [kStatistics], those of the phase are set; or null
 };
 
 struct SumsOfSquares {

@@ -31,21 +31,18 @@ __device__ bool skips(const double* control) { return control && control[kSkip] 
 
 // One block per tensor.
 __global__ void __launch_bounds__(kThreads)
-    layer_norms_kernel(const TensorEntry* tensors, const SumsOfSquares* sums, const double* control,
-                       double* norms) {
+    tensor_sums_kernel(const TensorEntry* tensors, const double* of_block, SumFields fields,
+                       const double* control, double* of_tensor) {
   if (skips(control)) return;
   const TensorEntry& tensor = tensors[blockIdx.x];
   const int64_t num_blocks = (tensor.numel + kUpdateChunk - 1) / kUpdateChunk;
-  SumsOfSquares own{0, 0};
-  for (int64_t k = threadIdx.x; k < num_blocks; k += kThreads) {
-    const SumsOfSquares& chunk = sums[tensor.first_block + k];
-    own.theta += chunk.theta;
-    own.update += chunk.update;
-  }
-  const double theta = block_sum(own.theta), update = block_sum(own.update);
-  if (threadIdx.x == 0) {
-    norms[2 * tensor.index] = theta;
-    norms[2 * tensor.index + 1] = update;
+  for (int field = fields.first; field < fields.end; ++field) {
+    double own = 0;
+    for (int64_t k = threadIdx.x; k < num_blocks; k += kThreads) {
+      own += of_block[(tensor.first_block + k) * fields.width + field];
+    }
+    const double sum = block_sum(own);
+    if (threadIdx.x == 0) of_tensor[tensor.index * fields.width + field] = sum;
   }
 }
 
@@ -103,10 +100,11 @@ void launch_update(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
   launch_it(launch, kind, blocks, stream);
 }
 
-void launch_layer_norms(const TensorEntry* tensors, int64_t num_tensors, const SumsOfSquares* sums,
-                        const double* control, double* norms, cudaStream_t stream) {
-  layer_norms_kernel<<<static_cast<unsigned>(num_tensors), kThreads, 0, stream>>>(tensors, sums,
-                                                                                  control, norms);
+void launch_tensor_sums(const TensorEntry* tensors, int64_t num_tensors, const double* of_block,
+                        SumFields fields, const double* control, double* of_tensor,
+                        cudaStream_t stream) {
+  tensor_sums_kernel<<<static_cast<unsigned>(num_tensors), kThreads, 0, stream>>>(
+      tensors, of_block, fields, control, of_tensor);
 }
 
 void launch_count(const TensorEntry* tensors, int64_t num_tensors, int32_t* const* group_steps,

@@ -16,9 +16,15 @@ struct UpdateKind {
 void launch_update(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
                    cudaStream_t stream);
 
-// Adds up the block sums of kStates: norms[tensor.index], in a fixed order.
-void launch_layer_norms(const TensorEntry* tensors, int64_t num_tensors, const SumsOfSquares* sums,
-                        const double* control, double* norms, cudaStream_t stream);
+// Rows of `width` doubles, of which fields [first, end) count.
+struct SumFields {
+  int width, first, end;
+};
+
+// of_tensor[tensor.index] = the sum of the tensor's rows in of_block, in a fixed order.
+void launch_tensor_sums(const TensorEntry* tensors, int64_t num_tensors, const double* of_block,
+                        SumFields fields, const double* control, double* of_tensor,
+                        cudaStream_t stream);
 
 // step and group_step += 1, unless control says skip.
 void launch_count(const TensorEntry* tensors, int64_t num_tensors, int32_t* const* group_steps,

@@ -53,6 +53,7 @@ struct TensorEntry {
   int64_t numel, first_block;  // first_block: among all blocks of the plan
   int64_t theta_dtype;         // DType
   int64_t group, index;        // index: position in the caller's lists
+  Rounding rounding;
 };
 
 struct BlockEntry {
@@ -72,6 +73,7 @@ struct UpdateLaunch {
   TypedAddress grad_scale;    // or null
   double* norms;              // [tensors, 2], kParameters
   SumsOfSquares* block_sums;  // one per block, kStates
+  double* block_statistics;   // [blocks, kStatistics], or null: not collected
   int32_t first_tensor, first_group;
   LearningRate lr[kMaxGroups];  // of group first_group + k
   TypedAddress g[kMaxTensors];  // of tensor first_tensor + k
@@ -186,6 +188,19 @@ MAXVA_THREAD_CODE void store_any(const Vector<T>& values, const AnyList& list, i
   }
 }
 
+// Of elements first + offset and so on of their tensor.
+template <typename T>
+MAXVA_THREAD_CODE void store_stochastically(const Vector<T>& values, const AnyList& list,
+                                            int64_t first, int offset, int n, bool vector,
+                                            const RandomBits& random) {
+  const PhiloxWords words = random.four_words(first + offset);
+  Vector<BFloat16> packed;
+  for (int k = 0; k < kVector; ++k) {
+    from_compute(static_cast<float>(values.x[k]), words.x[k], packed.x[k]);
+  }
+  store(packed, list.data, offset, n, vector);
+}
+
 MAXVA_THREAD_CODE double scalar_at(TypedAddress scalar) {
   switch (scalar.type()) {
     case DType::kFloat64: return *reinterpret_cast<const double*>(scalar.data());
@@ -207,7 +222,16 @@ struct BlockState {
   AnyList theta;
   T *m, *u, *v, *w, *vmax;
   bool m_vector, u_vector, v_vector, w_vector, vmax_vector;
-  int n;  // elements; 0 where the step is skipped
+  int n;          // elements; 0 where the step is skipped
+  int64_t first;  // index of the first element in its tensor
+  RandomBits random;
+};
+
+// One thread's share of the sums of statistics.h; counts are exact in float.
+template <typename T>
+struct ThreadStatistics {
+  double gradient_squares = 0;
+  T one_minus_beta = 0, at_beta_min = 0, at_beta_max = 0, step_size = 0;
 };
 
 template <typename T>
@@ -225,6 +249,7 @@ MAXVA_THREAD_CODE void prepare_block(const UpdateLaunch& launch, int64_t block_i
   const int64_t first = int64_t{where.chunk} * kUpdateChunk;
   const int64_t rest = tensor.numel - first;
   block.n = static_cast<int>(rest < kUpdateChunk ? rest : kUpdateChunk);
+  block.first = first;
 
   const Hyper& hyper = launch.hyper[tensor.group];
   const LearningRate& lr = launch.lr[tensor.group - launch.first_group];
@@ -233,9 +258,10 @@ MAXVA_THREAD_CODE void prepare_block(const UpdateLaunch& launch, int64_t block_i
     const double* norms = launch.norms + 2 * tensor.index;
     trust = trust_ratio(hyper, norms[0], norms[1]);
   }
-  block.scalars =
-      make_scalars<T>(hyper, lr.tensor ? scalar_at(lr.tensor) : lr.value, *tensor.step + 1.0,
-                      launch.control ? launch.control[kClipFactor] : 1.0, trust);
+  const double t = *tensor.step + 1.0;
+  block.scalars = make_scalars<T>(hyper, lr.tensor ? scalar_at(lr.tensor) : lr.value, t,
+                                  launch.control ? launch.control[kClipFactor] : 1.0, trust);
+  block.random = make_random_bits(tensor.rounding, tensor.numel, t);
   block.unscale = static_cast<bool>(launch.grad_scale);
   block.grad_scale = block.unscale ? static_cast<T>(scalar_at(launch.grad_scale)) : T(1);
 
@@ -271,9 +297,10 @@ MAXVA_THREAD_CODE void forget_block_state() {
 // One thread's `n` elements from `i` on. kAligned: n is kVector and block.aligned holds, so that
 // all loads but g's are straight-line code. g, whose type and alignment are the caller's, comes
 // last: its conversion waits for its own load only when all the others are under way.
-template <Algorithm kAlgorithm, bool kAmsgrad, Phase kPhase, bool kAligned, typename T>
-MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n,
-                                     SumsOfSquares& sums) {
+template <Algorithm kAlgorithm, bool kAmsgrad, Phase kPhase, bool kCollect, bool kAligned,
+          typename T>
+MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n, SumsOfSquares& sums,
+                                     ThreadStatistics<T>& statistics) {
   using Ops = FusedMultiplyAdd;
   constexpr bool kMovesStates = kPhase != Phase::kParameters;
   forget_block_state();
@@ -298,7 +325,13 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n,
     const Scalars<T>& s = block.scalars;
     const T gk = observed_gradient<Ops>(g.x[k], theta.x[k], s);
     if constexpr (kMovesStates) {
-      observe<Ops>(gk, u.x[k], v.x[k], w.x[k], s);
+      const T c = observe<Ops>(gk, u.x[k], v.x[k], w.x[k], s);
+      if (kCollect && k < n) {
+        statistics.gradient_squares += double(g.x[k]) * double(g.x[k]);
+        statistics.one_minus_beta += c;
+        statistics.at_beta_min += c == s.c_max ? T(1) : T(0);
+        statistics.at_beta_max += c == s.c_min ? T(1) : T(0);
+      }
       track_maximum<kAmsgrad>(v.x[k], w.x[k], vmax.x[k]);
     }
     const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v.x[k], w.x[k], vmax.x[k], s);
@@ -310,6 +343,7 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n,
       sums.update += update * update;
     } else {
       theta.x[k] = moved_parameter<Ops>(theta.x[k], step, s);
+      if (kCollect && k < n) statistics.step_size += step_length(step, s);
     }
   }
   forget_block_state();
@@ -322,24 +356,32 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n,
   }
   // lr = 0 keeps the bits; a NaN's would not survive the conversion
   if (kPhase != Phase::kStates && block.scalars.eta != T(0)) {
+    if (block.random.on) {  // then there are no master weights
+      store_stochastically(theta, block.moved, block.first, i, n, kAligned || block.moved.vector,
+                           block.random);
+      return;
+    }
     store_any(theta, block.moved, i, n, kAligned || block.moved.vector);
     if (block.has_master) store_any(theta, block.theta, i, n, kAligned || block.theta.vector);
   }
 }
 
-// Run by every thread of the block. Returns this thread's sums of squares in kStates, else 0.
-template <Algorithm kAlgorithm, bool kAmsgrad, Phase kPhase, typename T>
-MAXVA_THREAD_CODE SumsOfSquares update_thread(const BlockState<T>& block, int thread) {
+// Run by every thread of the block. Returns this thread's sums of squares in kStates, else 0; with
+// kCollect adds to `statistics` what the phase knows of them.
+template <Algorithm kAlgorithm, bool kAmsgrad, Phase kPhase, bool kCollect, typename T>
+MAXVA_THREAD_CODE SumsOfSquares update_thread(const BlockState<T>& block, int thread,
+                                              ThreadStatistics<T>& statistics) {
   SumsOfSquares sums{0, 0};
   int i = thread * kVector;
   if (block.aligned) {
     for (; i + kVector <= block.n; i += kTile) {
-      update_vector<kAlgorithm, kAmsgrad, kPhase, true>(block, i, kVector, sums);
+      update_vector<kAlgorithm, kAmsgrad, kPhase, kCollect, true>(block, i, kVector, sums,
+                                                                  statistics);
     }
   }
   for (; i < block.n; i += kTile) {
     const int n = block.n - i < kVector ? block.n - i : kVector;
-    update_vector<kAlgorithm, kAmsgrad, kPhase, false>(block, i, n, sums);
+    update_vector<kAlgorithm, kAmsgrad, kPhase, kCollect, false>(block, i, n, sums, statistics);
   }
   return sums;
 }

@@ -2,6 +2,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <array>
+
 #include "backend.h"
 #include "control.h"
 #include "multi_tensor.h"
@@ -53,6 +55,7 @@ void update_cpu(const UpdateArgs& args) {
     lr[k] = args.lr[k] ? scalar_of(*args.lr[k]) : args.hyper[k].lr;
   }
   std::vector<TensorScalars> scalars(num_tensors);
+  std::vector<RandomBits> random(args.rounding.size());
   for (size_t i = 0; i < num_tensors; ++i) {
     const Hyper& hyper = args.hyper[args.group_of[i]];
     const double t = *lists.step[i].const_data_ptr<float>() + 1.0;
@@ -64,11 +67,16 @@ void update_cpu(const UpdateArgs& args) {
     } else {
       scalars[i].f = make_scalars<float>(hyper, eta, t, clip_factor, trust);
     }
+    if (!random.empty()) {
+      random[i] = make_random_bits(args.rounding[i], lists.theta[i].numel(), t);
+    }
   }
 
   const CpuKernels& kernels = cpu_kernels();
   const ChunkPlan plan(numels_of(lists.theta), kChunkSize);
   std::vector<SumsOfSquares> sums(args.phase == Phase::kStates ? plan.num_chunks() : 0);
+  using ChunkStatistics = std::array<double, kStatistics>;
+  std::vector<ChunkStatistics> statistics(args.statistics ? plan.num_chunks() : 0);
   const bool amsgrad = !lists.vmax.empty();
   const auto algorithm = static_cast<size_t>(args.algorithm);
   parallel_for_each_chunk(plan, [&](const Chunk& c) {
@@ -86,6 +94,9 @@ void update_cpu(const UpdateArgs& args) {
         .w = at_element(lists.w[i], c.begin),
         .vmax = amsgrad ? at_element(lists.vmax[i], c.begin) : nullptr,
         .n = c.end - c.begin,
+        .first = c.begin,
+        .random = random.empty() ? nullptr : &random[i],
+        .statistics = statistics.empty() ? nullptr : statistics[c.index].data(),
     };
     const SumsOfSquares chunk_sums =
         view.theta_dtype == DType::kFloat64
@@ -94,6 +105,18 @@ void update_cpu(const UpdateArgs& args) {
     if (!sums.empty()) sums[c.index] = chunk_sums;
   });
 
+  if (args.statistics) {
+    auto* const of_tensor = args.statistics->mutable_data_ptr<double>();
+    for (size_t i = 0; i < num_tensors; ++i) {
+      for (int f = first_statistic(args.phase); f < end_of_statistics(args.phase); ++f) {
+        double sum = 0;
+        for (int64_t k = plan.first_chunk(i); k < plan.first_chunk(i + 1); ++k) {
+          sum += statistics[k][f];
+        }
+        of_tensor[i * kStatistics + f] = sum;
+      }
+    }
+  }
   if (args.phase == Phase::kStates) {
     for (size_t i = 0; i < num_tensors; ++i) {
       norms[2 * i] = norms[2 * i + 1] = 0;

@@ -149,6 +149,7 @@ gpu::UpdatePlan make_plan(const UpdateArgs& args) {
         .theta_dtype = static_cast<int64_t>(dtype_of(lists.theta[i])),
         .group = args.group_of[i],
         .index = static_cast<int64_t>(i),
+        .rounding = args.rounding_of(i),
     });
   }
   std::vector<int32_t*> group_steps;
@@ -177,9 +178,13 @@ void update_cuda(const UpdateArgs& args) {
   const double* control = args.control ? args.control->const_data_ptr<double>() : nullptr;
   double* norms = args.norms ? args.norms->mutable_data_ptr<double>() : nullptr;
   const auto float64 = at::TensorOptions().dtype(at::kDouble).device(device);
-  at::Tensor sums;
-  if (states) sums = at::empty({plan.num_blocks(), 2}, float64);
-  auto* block_sums = states ? static_cast<SumsOfSquares*>(sums.mutable_data_ptr()) : nullptr;
+  const auto rows = [&](bool wanted, int width) {
+    return wanted ? at::empty({plan.num_blocks(), width}, float64) : at::Tensor();
+  };
+  const at::Tensor sums = rows(states, 2), statistics = rows(args.statistics.has_value(), kStatistics);
+  auto* const block_sums = states ? sums.mutable_data_ptr<double>() : nullptr;
+  auto* const block_statistics =
+      args.statistics ? statistics.mutable_data_ptr<double>() : nullptr;
   std::vector<at::Tensor> kept;
 
   gpu::UpdateLaunch launch;
@@ -188,7 +193,10 @@ void update_cuda(const UpdateArgs& args) {
   launch.norms = norms;
   for (const gpu::LaunchRange& range : plan.launches()) {
     if (range.first_block == range.end_block) continue;
-    launch.block_sums = states ? block_sums + range.first_block : nullptr;
+    launch.block_sums =
+        states ? reinterpret_cast<SumsOfSquares*>(block_sums) + range.first_block : nullptr;
+    launch.block_statistics =
+        block_statistics ? block_statistics + range.first_block * kStatistics : nullptr;
     plan.fill(
         launch, range, tables, [&](int64_t i) { return typed_address(args.lists.g[i]); },
         [&](int64_t k) {
@@ -201,8 +209,15 @@ void update_cuda(const UpdateArgs& args) {
   }
 
   const auto num_tensors = static_cast<int64_t>(plan.tensors().size());
+  if (block_statistics) {
+    gpu::launch_tensor_sums(
+        tables.tensors, num_tensors, block_statistics,
+        {kStatistics, first_statistic(args.phase), end_of_statistics(args.phase)}, control,
+        args.statistics->mutable_data_ptr<double>(), stream);
+  }
   if (states) {
-    gpu::launch_layer_norms(tables.tensors, num_tensors, block_sums, control, norms, stream);
+    gpu::launch_tensor_sums(tables.tensors, num_tensors, block_sums, {2, 0, 2}, control, norms,
+                            stream);
   } else {  // the step is counted once, after the parameters have moved
     gpu::launch_count(tables.tensors, num_tensors, tables.group_steps,
                       static_cast<int64_t>(args.lists.group_step.size()), control, stream);

@@ -57,8 +57,10 @@ MAXVA_INLINE T observed_gradient(T g, T theta, const Scalars<T>& s) {
 // c_init^-1/2 (w never falls below c_init), so that no product underflows where v itself does not.
 // It costs range at the other end: float32 gradients have to stay below 1.8e19 / range, which is
 // 5.8e17 with betas[1] = 0.999.
+//
+// Returns c.
 template <typename Ops, typename T>
-MAXVA_INLINE void observe(T g, T& u, T& v, T& w, const Scalars<T>& s) {
+MAXVA_INLINE T observe(T g, T& u, T& v, T& w, const Scalars<T>& s) {
   const T us = u * s.range;
   const T deviation = Ops::fma(g, w * s.range, -us);
   const T d = deviation * deviation;
@@ -72,6 +74,7 @@ MAXVA_INLINE void observe(T g, T& u, T& v, T& w, const Scalars<T>& s) {
   u = Ops::fma(c, g - u, u);
   v = Ops::fma(c, Ops::fma(g, g, -v), v);
   w = Ops::fma(c, T(1) - w, w);
+  return c;
 }
 
 // x / (sqrt(vhat + eps_inside) + eps) as numerator_scale * x / denominator, one division per use.
@@ -130,6 +133,12 @@ MAXVA_INLINE T direction(T g, T m, const Normalizer<T>& normalize, const Scalars
 template <typename Ops, typename T>
 MAXVA_INLINE T layer_update(T theta, T direction, const Scalars<T>& s) {
   return Ops::fma(s.decoupled, theta, s.bias_correction * direction);
+}
+
+// How far the update moves a parameter, without decoupled decay.
+template <typename T>
+MAXVA_INLINE T step_length(T direction, const Scalars<T>& s) {
+  return std::fabs(s.step_size * direction);
 }
 
 // Not to be stored where s.eta is 0: that keeps the bits, whatever the update is.

@@ -24,6 +24,10 @@ struct Hyper {
 };
 inline constexpr int kHyperFields = sizeof(Hyper) / sizeof(double);
 
+// kWhole does everything in one pass. The trust ratio needs the norm of the whole tensor's update
+// first: kStates moves the states and sums squares, kParameters then moves the parameters.
+enum class Phase { kWhole, kStates, kParameters };
+
 // {skip, clip factor, gradient norm}: written on the device, read by the update, never by the host.
 enum ControlField { kSkip, kClipFactor, kGradNorm, kControlFields };
 

@@ -44,7 +44,8 @@ class OperatorBackend:
         b = batch
         self._operators.update_(
             b.theta, b.g, b.m, b.u, b.v, b.w, b.vmax, b.master, b.step, b.group_step,
-            b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, algorithm, int(phase),
+            b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, b.statistics, b.rounding,
+            algorithm, int(phase),
         )  # fmt: skip
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:

@@ -18,6 +18,16 @@ class Phase(enum.IntEnum):
     PARAMETERS = 2
 
 
+class Statistic(enum.IntEnum):
+    """`enum Statistic` of csrc/statistics.h: what is summed over a parameter's elements."""
+
+    GRADIENT_SQUARES = 0
+    ONE_MINUS_BETA = 1
+    AT_BETA_MIN = 2
+    AT_BETA_MAX = 3
+    STEP_SIZE = 4
+
+
 #: Fields of the control block, float64 on the gradients' device.
 SKIP, CLIP_FACTOR, GRAD_NORM, CONTROL_FIELDS = range(4)
 
@@ -28,9 +38,12 @@ class Batch:
 
     Element i of every list belongs to parameter i; `vmax` and `master` are either as long or
     empty. Consecutive parameters belong to one group: `group_sizes` says how many, `hyper` holds
-    lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None.
+    lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None, and
+    `groups` which of the optimizer's groups it is.
     `group_step` holds the int32 counters on the device that this call counts up. `trust_ratio` is
-    the same for all groups of a batch: it takes two phases.
+    the same for all groups of a batch: it takes two phases. `rounding` holds a row of
+    rounding.FIELDS per parameter, or nothing where none is rounded stochastically; `statistics` is
+    float64 [parameters, len(Statistic)], of which each phase writes what it knows, or None.
     """
 
     device: torch.device
@@ -48,6 +61,9 @@ class Batch:
     group_sizes: list[int] = field(default_factory=list)
     hyper: list[float] = field(default_factory=list)
     lr: list[Tensor | None] = field(default_factory=list)
+    rounding: list[int] = field(default_factory=list)
+    statistics: Tensor | None = None
+    groups: list[int] = field(default_factory=list)
 
 
 def check_states(batch: Batch) -> None:

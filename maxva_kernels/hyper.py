@@ -10,9 +10,6 @@ import torch
 
 #: Options whose turn has not come, with the only value accepted so far.
 NOT_YET: dict[str, Any] = {
-    "collect_stats": False,
-    "stochastic_rounding": False,
-    "rounding_seed": 0,
     "state_dtype": "float32",
     "fp32_state_below": 4096,
 }
@@ -36,6 +33,13 @@ ROW = (
     "eps_inside_sqrt",
     "trust_ratio",
 )
+
+
+def describe(group: dict[str, Any], index: int, p: torch.Tensor) -> str:
+    """Names a group's parameter in an error message."""
+    names = group.get("param_names")
+    name = f"{names[index]!r}" if names else f"{index} of its group"
+    return f"parameter {name} (shape {tuple(p.shape)})"
 
 
 def default_beta_init(beta_high: float) -> float:
@@ -80,6 +84,9 @@ _CHECKED = (
     "delta",
     "max_grad_norm",
     *ROW[ROW.index("bias_correction") :],
+    "master_weights",
+    "stochastic_rounding",
+    "rounding_seed",
     *NOT_YET,
 )
 
@@ -112,6 +119,15 @@ def _checked_row(*values: Any, betas: tuple[Any, ...]) -> tuple[float, ...]:
         max_grad_norm,
         "None or finite and > 0",
     )
+    seed = group["rounding_seed"]
+    _require(
+        isinstance(seed, int) and 0 <= seed < 2**63, "rounding_seed", seed, "an int in [0, 2^63)"
+    )
+    if group["stochastic_rounding"] and group["master_weights"]:
+        raise ValueError(
+            "stochastic_rounding and master_weights exclude each other: a float32 master weight "
+            "loses nothing that rounding could save; turn one of them off"
+        )
     group |= {
         "alpha": alpha,
         "beta_low": beta_low,

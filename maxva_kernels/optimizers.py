@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from maxva_kernels import rounding
 from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
-from maxva_kernels.hyper import SHARED, check_lr, hyper_row
-from maxva_kernels.state import Shield, describe, new_master, new_state, placed, shielded
+from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
+from maxva_kernels.sharding import NormGroup, Sharding
+from maxva_kernels.state import Shield, new_master, new_state, placed, shielded
+from maxva_kernels.statistics import StepStatistics
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
@@ -64,6 +67,8 @@ class MaxVA(Optimizer):
     # a class attribute: instance attributes do not survive deepcopy and pickle
     _step_supports_amp_scaling = True
     _backend = "auto"
+    _norm_group: NormGroup | None = None
+    _statistics: StepStatistics | None = None
 
     def __init__(
         self,
@@ -97,7 +102,7 @@ class MaxVA(Optimizer):
         backend: str = "auto",
     ) -> None:
         if norm_process_group is not None:
-            raise NotImplementedError("norm_process_group is not supported yet; use None")
+            self._norm_group = NormGroup(norm_process_group)
         check_name(backend)
         self._backend = backend
         # a group key added in a later release would break flattened distributed checkpoints
@@ -141,6 +146,12 @@ class MaxVA(Optimizer):
                 it concerns the whole optimizer (max_grad_norm, skip_nonfinite).
             TypeError: a parameter is complex or not a float32, float64, bfloat16 or float16.
         """
+        if "norm_process_group" in param_group:
+            raise ValueError(
+                "norm_process_group concerns the optimizer and is no group key; a wrapper that "
+                "passes it to groups (ZeroRedundancyOptimizer) takes optimizer_class="
+                "functools.partial(FusedMAdam, norm_process_group=...)"
+            )
         given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -189,6 +200,8 @@ class MaxVA(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
         hyper_row(group)
+        if group["stochastic_rounding"]:
+            rounding.check(group)
         for name in SHARED:
             if group[name] != self.param_groups[0][name]:
                 raise ValueError(
@@ -243,6 +256,30 @@ class MaxVA(Optimizer):
                 if group["master_weights"] and p.dtype in _LOW_PRECISION:
                     self.state[p].setdefault("master_param", new_master(p))
 
+    def stats(self) -> list[dict[str, float]]:
+        """Telemetry of the last step that was not skipped, for groups with collect_stats=True.
+
+        Waits for the device. Where parameters are sharded, or with norm_process_group, the values
+        are those of all ranks, and all ranks have to call it.
+
+        Returns:
+            Per group, in order: `mean_beta`, the mean of beta_t over coordinates (Eq. 6);
+            `share_at_beta_min` and `share_at_beta_max`, the shares of coordinates whose beta_t is
+            beta_min and betas[1]; `mean_step_size`, the mean of |eta update|, with the trust ratio
+            and without decoupled decay (the paper's "average step size", Fig. 4 and 8);
+            `grad_norm`, of the group's unscaled gradients before clipping; `skipped_steps` since
+            this optimizer was made. NaN where there has been no step yet, or no gradient in it;
+            an empty dict for groups that do not collect.
+
+        Raises:
+            RuntimeError: no group collects.
+        """
+        collecting = self._collecting()
+        if not any(collecting):
+            raise RuntimeError("stats() needs collect_stats=True in at least one group")
+        statistics = self._statistics or StepStatistics()
+        return statistics.read(collecting, Sharding(self.param_groups, self._norm_group))
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; see docs/algorithm.md section 2.
 
@@ -273,16 +310,24 @@ class MaxVA(Optimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         rows = self._check()
+        sharding = Sharding(self.param_groups, self._norm_group)
         created: list[tuple[Tensor, dict[str, Any]]] = []
         try:
             batches = self._collect(rows, created)
-            if created and self._observes_nothing(batches, created):
+            collecting = self._collecting()
+            if any(collecting):
+                self._statistics = self._statistics or StepStatistics()
+                self._statistics.attach(batches, collecting)
+            sharding.localize(batches, isinstance(getattr(self, "grad_scale", None), Tensor))
+            if (created or sharding.spans_ranks) and self._observes_nothing(
+                batches, created, sharding
+            ):
                 return
             if len(batches) > 1:
                 for batch in batches:
                     check_states(batch)
-            controls = self._write_controls(batches)
-            counted = self._update(batches, controls)
+            controls = self._write_controls(batches, sharding)
+            counted = self._update(batches, controls, sharding)
         except Exception:
             for p, new in created:
                 for key in new:
@@ -291,6 +336,11 @@ class MaxVA(Optimizer):
                     del self.state[p]
             raise
         self._count_groups(controls, counted)
+        if any(collecting) and self._statistics is not None:
+            self._statistics.count_skip(controls)
+
+    def _collecting(self) -> list[bool]:
+        return [group["collect_stats"] for group in self.param_groups]
 
     def _check(self) -> list[tuple[float, ...]]:
         """Checks groups and gradients, changes nothing; returns the groups' rows."""
@@ -300,6 +350,8 @@ class MaxVA(Optimizer):
         for group in self.param_groups:
             check_lr(group["lr"])
             rows.append(hyper_row(group))
+            if group["stochastic_rounding"]:
+                rounding.check(group)
             for name in SHARED:
                 if group[name] != first[name]:
                     raise ValueError(
@@ -322,12 +374,15 @@ class MaxVA(Optimizer):
     ) -> list[Batch]:
         """Sorts all tensors into batches; creates missing states and lists them in `created`."""
         batches: dict[tuple[Any, ...], Batch] = {}
-        for row, group in zip(rows, self.param_groups, strict=True):
+        rounds = any(group["stochastic_rounding"] for group in self.param_groups)
+        end = 0
+        for k, (row, group) in enumerate(zip(rows, self.param_groups, strict=True)):
+            start, end = end, end + len(group["params"])
             amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
             batch, kind = Batch(torch.device("meta")), None
             if group["params"]:
                 self._place_group_step(group, group["params"][0].device)
-            for p in group["params"]:
+            for parameter, p in enumerate(group["params"], start):
                 g = p.grad
                 if g is None:
                     continue
@@ -337,7 +392,7 @@ class MaxVA(Optimizer):
                     batch = batches.setdefault(
                         (*kind, amsgrad, trust_ratio), Batch(p.device, trust_ratio)
                     )
-                    self._begin_group(batch, group, row)
+                    self._begin_group(batch, k, row)
                 state = self.state[p]
                 if (
                     "maxva_weight" not in state
@@ -364,9 +419,12 @@ class MaxVA(Optimizer):
                     batch.vmax.append(state["max_exp_avg_sq"])
                 if has_master:
                     batch.master.append(state["master_param"])
+                if rounds:
+                    batch.rounding.extend(rounding.row(group, p, parameter))
         return list(batches.values())
 
-    def _begin_group(self, batch: Batch, group: dict[str, Any], row: tuple[float, ...]) -> None:
+    def _begin_group(self, batch: Batch, index: int, row: tuple[float, ...]) -> None:
+        group = self.param_groups[index]
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != batch.device:
             if lr.device.type == "cpu" and _is_capturing(batch.device):
@@ -380,46 +438,49 @@ class MaxVA(Optimizer):
         batch.hyper.extend((lr if host_lr else math.nan, *row))
         batch.lr.append(None if host_lr else lr)
         batch.group_sizes.append(0)
+        batch.groups.append(index)
         step = group["step"]
         if isinstance(step, Tensor) and step.device == batch.device:
             batch.group_step.append(step)
 
     def _observes_nothing(
-        self, batches: list[Batch], created: list[tuple[Tensor, dict[str, Any]]]
+        self,
+        batches: list[Batch],
+        created: list[tuple[Tensor, dict[str, Any]]],
+        sharding: Sharding,
     ) -> bool:
         """Whether this is the initialising step of torch.distributed.checkpoint.
 
-        There no state exists, every lr is 0 and every gradient exactly 0; counted as an
-        observation it would shrink the first real update.
+        There no state exists, every lr is 0 and every gradient exactly 0, on all ranks; counted as
+        an observation it would shrink the first real update.
         """
         for group in self.param_groups:
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return False
-        fresh = sum("maxva_weight" in new for _, new in created)
-        if fresh < sum("maxva_weight" in state for state in self.state.values()):
-            return False
         if any(_is_capturing(batch.device) for batch in batches):
             return False
-        return not any(
+        fresh = sum("maxva_weight" in new for _, new in created)
+        observes = fresh < sum("maxva_weight" in state for state in self.state.values()) or any(
             torch.stack([g.any() for g in _gradients_on(device, batches)]).any()
             for device in {batch.device for batch in batches}
         )
+        return not sharding.on_any_rank(observes)
 
-    def _write_controls(self, batches: list[Batch]) -> dict[torch.device, tuple[Any, ...]]:
+    def _write_controls(
+        self, batches: list[Batch], sharding: Sharding
+    ) -> dict[torch.device, tuple[Any, ...]]:
         """Per device: (control block or None, grad_scale or None)."""
         group = self.param_groups[0]
         max_grad_norm = group["max_grad_norm"]
         grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
         needs_norm = max_grad_norm is not None or group["skip_nonfinite"]
-        devices = list(dict.fromkeys(batch.device for batch in batches))
-        total = None
-        if needs_norm and devices:
-            sums = [self._find(d).sum_of_squares(_gradients_on(d, batches)) for d in devices]
-            total = sums[0]
-            for other in sums[1:]:
-                total = total + other.to(total.device, non_blocking=True)
+        total, found_inf = sharding.control_sums(
+            batches,
+            (lambda device, g: self._find(device).sum_of_squares(g)) if needs_norm else None,
+            getattr(self, "found_inf", None),
+        )
+        devices = dict.fromkeys([*(batch.device for batch in batches), *sharding.devices])
         controls: dict[torch.device, tuple[Any, ...]] = {}
         for device in devices:
             scale = _on(grad_scale, device)
@@ -438,7 +499,10 @@ class MaxVA(Optimizer):
         return controls
 
     def _update(
-        self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]
+        self,
+        batches: list[Batch],
+        controls: dict[torch.device, tuple[Any, ...]],
+        sharding: Sharding,
     ) -> set[int]:
         """Hands every batch to its backend; returns the ids of the group steps counted there."""
         counted: set[int] = set()
@@ -450,15 +514,25 @@ class MaxVA(Optimizer):
                 if id(step) not in counted
             ]
             counted.update(id(step) for step in batch.group_step)
-        for batch in batches:
-            backend = self._find(batch.device)
+        norms = {
+            id(batch): torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
+            for batch in batches
+            if batch.trust_ratio
+        }
+
+        def run(batch: Batch, phase: Phase) -> None:
             control, grad_scale = controls[batch.device]
-            if batch.trust_ratio:
-                norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
-                for phase in (Phase.STATES, Phase.PARAMETERS):
-                    backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
-            else:
-                backend.update(batch, self.algorithm, Phase.WHOLE, control, grad_scale, None)
+            self._find(batch.device).update(
+                batch, self.algorithm, phase, control, grad_scale, norms.get(id(batch))
+            )
+
+        two_phases = [batch for batch in batches if batch.trust_ratio]
+        for batch in batches:
+            run(batch, Phase.STATES if batch.trust_ratio else Phase.WHOLE)
+        if any(group["trust_ratio"] for group in self.param_groups):
+            sharding.sum_norms([(batch, norms[id(batch)]) for batch in two_phases])
+        for batch in two_phases:
+            run(batch, Phase.PARAMETERS)
         return counted
 
     def _count_groups(
@@ -481,7 +555,11 @@ class MaxVA(Optimizer):
         return find_backend(self._backend, device.type)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend}
+        return {
+            **super().__getstate__(),
+            "_backend": self._backend,
+            "_norm_group": self._norm_group,
+        }
 
 
 class FusedMAdam(MaxVA):
@@ -514,8 +592,15 @@ class FusedMAdam(MaxVA):
             that is 1.
         eps_inside_sqrt: add eps to v/w inside the root instead (as Alg. 2 is printed).
         set_grad_none: the default of `zero_grad(set_to_none=...)`.
-        collect_stats, stochastic_rounding, rounding_seed, state_dtype, fp32_state_below,
-            norm_process_group: reserved; other values than the default raise NotImplementedError.
+        collect_stats: keep what `stats()` tells, in the same pass; results do not change.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias, so that
+            updates below half a unit in the last place are not lost; instead of master_weights.
+            The random bits depend on rounding_seed, the parameter's index in the optimizer, the
+            element's index in the whole parameter and the number of the update alone: they are the
+            same on every backend, thread count and sharding, and after resuming.
+        rounding_seed: in [0, 2^63).
+        state_dtype, fp32_state_below: reserved; other values than the default raise
+            NotImplementedError.
         backend: "cuda", "cpu", "eager", or "auto" for the best there is for the parameters'
             device; the MAXVA_BACKEND variable overrides "auto".
 

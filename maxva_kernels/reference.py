@@ -9,8 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maxva_kernels.batch import CLIP_FACTOR, GRAD_NORM, SKIP, Batch, Phase, check_states
+from maxva_kernels.batch import (
+    CLIP_FACTOR,
+    GRAD_NORM,
+    SKIP,
+    Batch,
+    Phase,
+    Statistic,
+    check_states,
+)
 from maxva_kernels.hyper import ROW
+from maxva_kernels.rounding import rounded, row_of
 
 
 def complement_of_beta(g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]) -> Tensor:
@@ -30,10 +39,10 @@ def complement_of_beta(g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, 
 
 def observe(
     g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns u, v, w after observing g (Eq. 2-4)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns u, v, w after observing g (Eq. 2-4), and the 1 - beta_t they moved by."""
     c = complement_of_beta(g, u, v, w, h)
-    return u + c * (g - u), v + c * (g * g - v), w + c * (1 - w)
+    return u + c * (g - u), v + c * (g * g - v), w + c * (1 - w), c
 
 
 def normalized(x: Tensor, v: Tensor, w: Tensor, vmax: Tensor | None, h: dict[str, float]) -> Tensor:
@@ -123,10 +132,16 @@ class EagerBackend:
         def write(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(value if keep is None else torch.where(keep, tensor, value))
 
+        def record(statistic: Statistic, values: Tensor) -> None:
+            if batch.statistics is not None:
+                write(batch.statistics[i, statistic], values.double().sum())
+
         if grad_scale is not None:
             g = g / grad_scale.reshape(())
             if phase != Phase.STATES:
                 write(batch.g[i], g.to(batch.g[i].dtype))
+        if phase != Phase.PARAMETERS:
+            record(Statistic.GRADIENT_SQUARES, g.double().square())
         if control is not None:
             g = g * control[CLIP_FACTOR]
         if h["maximize"]:
@@ -135,7 +150,10 @@ class EagerBackend:
             g = g + h["weight_decay"] * theta
 
         if phase != Phase.PARAMETERS:
-            u_new, v_new, w_new = observe(g, u, v, w, h)
+            u_new, v_new, w_new, c = observe(g, u, v, w, h)
+            record(Statistic.ONE_MINUS_BETA, c)
+            record(Statistic.AT_BETA_MIN, c == 1 - h["beta_low"])
+            record(Statistic.AT_BETA_MAX, c == 1 - h["beta_high"])
             vmax_new = None if vmax is None else torch.maximum(vmax, v_new / w_new)
         else:
             u_new, v_new, w_new, vmax_new = u, v, w, vmax
@@ -161,11 +179,20 @@ class EagerBackend:
             if norms is not None and h["trust_ratio"] and h["weight_decay"]:
                 r = torch.where((norms[i] == 0).any(), 1.0, torch.sqrt(norms[i, 0] / norms[i, 1]))
                 step_size = lr * r
+            record(Statistic.STEP_SIZE, (step_size * update).abs())
             moved = theta - step_size * decay * theta - step_size * update
             # lr = 0 keeps the bits, whatever the update is
             frozen = torch.as_tensor(lr == 0, device=theta.device)
             for tensor in (batch.theta[i],) if master is None else (master, batch.theta[i]):
-                write(tensor, torch.where(frozen, tensor, moved.to(tensor.dtype)))
+                write(tensor, torch.where(frozen, tensor, self._stored(batch, i, moved, tensor)))
+
+    @staticmethod
+    def _stored(batch: Batch, i: int, moved: Tensor, tensor: Tensor) -> Tensor:
+        """`moved` in the dtype of the tensor it becomes."""
+        row = row_of(batch.rounding, i)
+        if row is None:
+            return moved.to(tensor.dtype)
+        return rounded(moved, tensor, batch.step[i] + 1, row)
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
         return torch.stack([x.double().square().sum() for x in g]).sum().reshape(1)
