@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
 from torch.testing._internal.optests import opcheck
 
 from maxva_kernels import FusedLaMAdam, FusedMAdam, backends
-from maxva_kernels.batch import CONTROL_FIELDS
+from maxva_kernels.batch import CONTROL_FIELDS, Statistic
 from maxva_kernels.hyper import ROW
 
 pytestmark = pytest.mark.skipif(
@@ -21,10 +21,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def update_arguments(phase=0, amsgrad=False, master=False, scaled=False):
+def update_arguments(
+    phase=0, amsgrad=False, master=False, scaled=False, statistics=False, rounded=False
+):
     """Arguments of torch.ops.maxva.update_ for two parameters in two groups."""
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if master else torch.float32
+    dtype = torch.bfloat16 if master or rounded else torch.float32
 
     def rand(dtype=torch.float32):
         return [torch.rand(n, generator=generator).to(dtype) for n in (5, 130)]
@@ -47,6 +49,8 @@ def update_arguments(phase=0, amsgrad=False, master=False, scaled=False):
         control,
         torch.tensor(2.0) if scaled else None,
         torch.ones(2, 2, dtype=torch.float64) if phase else None,
+        torch.zeros(2, len(Statistic), dtype=torch.float64) if statistics else None,
+        [x for p in range(2) for x in (7, p, 0, 1, 1)] if rounded else [],
         "madam",
         phase,
     )  # fmt: skip
@@ -54,9 +58,12 @@ def update_arguments(phase=0, amsgrad=False, master=False, scaled=False):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"amsgrad": True}, {"master": True}, {"scaled": True}, {"phase": 1}, {"phase": 2}],
+    [
+        {}, {"amsgrad": True}, {"master": True}, {"scaled": True}, {"phase": 1}, {"phase": 2},
+        {"statistics": True}, {"rounded": True},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_opcheck_update(options):
     opcheck(torch.ops.maxva.update_.default, update_arguments(**options))
 
