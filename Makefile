@@ -20,11 +20,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test pretrain bench wheel gpu lint clean
+.PHONY: help test test-external pretrain bench wheel gpu lint clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | sed -n '1,6p'
-	@echo "Targets: test, pretrain, bench, wheel, gpu, lint, clean"
+	@echo "Targets: test, test-external, pretrain, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -46,6 +46,14 @@ endif
 
 test: $(STAMPS)/extension
 	$(PY) -m pytest $(ARGS)
+
+# other people's tests from checkouts: make test-external PYTORCH_SOURCE=... APEX_SOURCE=...
+EXTERNAL = $(if $(PYTORCH_SOURCE),tests/external/torch_optim.py) \
+  $(if $(APEX_SOURCE),tests/external/apex_optimizers.py)
+test-external: $(STAMPS)/extension
+	@test -n "$(strip $(EXTERNAL))" || \
+	  { echo "name a checkout: make test-external PYTORCH_SOURCE=... APEX_SOURCE=..."; exit 1; }
+	$(PY) -m pytest -rs $(EXTERNAL) $(ARGS)
 
 pretrain: $(STAMPS)/extension
 	$(PY) examples/bert_pretraining/pretrain.py $(ARGS)

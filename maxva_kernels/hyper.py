@@ -55,7 +55,8 @@ def _require(holds: bool, name: str, value: Any, what: str) -> None:
 def check_lr(lr: Any) -> None:
     """Raises ValueError unless lr is a finite number >= 0 or a one-element tensor."""
     if isinstance(lr, torch.Tensor):
-        _require(lr.numel() == 1, "lr", lr, "a number or a one-element tensor")
+        if lr.numel() != 1:  # torch's words
+            raise ValueError(f"lr: Tensor lr must be 1-element, has shape {tuple(lr.shape)}")
     else:
         _require(0 <= lr < math.inf, "lr", lr, "finite and >= 0")
 

@@ -169,15 +169,17 @@ class MaxVA(Optimizer):
 
         States keep their precision (float32 beside bfloat16 parameters) and follow their parameter
         to its device. Group keys that an older dict lacks take their defaults; keys added by others
-        are kept; parameters without state are legal. A NaN in a loaded state gives a warning.
+        are kept; parameters without state are legal. A tensor lr moves to its group's device. An
+        inf or NaN in a loaded state gives a warning.
 
         Raises:
-            ValueError: groups of other sizes, or a parameter's state with keys missing or of
-                another shape, as another optimizer's or another model's. Nothing has changed then.
+            ValueError: groups of other sizes or with values out of range, or a parameter's state
+                with keys missing or of another shape, as another optimizer's or another model's.
+                Nothing has changed then.
         """
-        # torch rounds every state to its parameter's dtype; what is no tensor passes through. As
-        # the last pre-hook, the shield sees what the user's own hooks have made of the dict.
-        handle = self.register_load_state_dict_pre_hook(shielded)
+        # torch rounds every state to its parameter's dtype; what is no tensor passes through. The
+        # last pre-hook sees what the user's own hooks have made of the dict.
+        handle = self.register_load_state_dict_pre_hook(self._check_loaded)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -189,25 +191,33 @@ class MaxVA(Optimizer):
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-            self._place_group_tensors(group)
+            self._place_group_tensors(group, move_lr=isinstance(group["lr"], Tensor))
         for p, values in self.state.items():
+            if not isinstance(p, Tensor):
+                continue  # torch keeps what belongs to no parameter
             for key, value in values.items():
                 if isinstance(value, Shield):
                     values[key] = placed(p, key, value.tensor)
                 elif key == "step" and not isinstance(value, Tensor):
                     values[key] = torch.tensor(float(value), dtype=torch.float32, device=p.device)
 
+    def _check_loaded(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Pre-hook of load_state_dict: refuses what does not fit, before anything has changed."""
+        saved = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            return state_dict  # torch refuses it in its own words
+        merged = [
+            {**self.defaults, **group, "params": own["params"]}
+            for group, own in zip(saved, self.param_groups, strict=True)
+        ]
+        for group in merged:
+            _check_options(group, merged[0])
+        return shielded(self, state_dict)
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-        hyper_row(group)
-        if group["stochastic_rounding"]:
-            rounding.check(group)
-        for name in SHARED:
-            if group[name] != self.param_groups[0][name]:
-                raise ValueError(
-                    f"{name} concerns the whole optimizer, but group 0 has "
-                    f"{self.param_groups[0][name]!r} and the new group {group[name]!r}"
-                )
+        _check_options(group, self.param_groups[0])
         for index, p in enumerate(group["params"]):
             if p.dtype not in _DTYPES:
                 kind = "complex parameters are" if p.is_complex() else f"{p.dtype} is"
@@ -216,9 +226,10 @@ class MaxVA(Optimizer):
                     f"bfloat16 or float16"
                 )
 
-    def _place_group_tensors(self, group: dict[str, Any]) -> None:
+    def _place_group_tensors(self, group: dict[str, Any], move_lr: bool = False) -> None:
         device = group["params"][0].device if group["params"] else torch.device("cpu")
-        if group["capturable"]:  # float64, so that the value is the one a Python number gives
+        # float64, so that the value is the one a Python number gives; "meta" would lose it
+        if (group["capturable"] or move_lr) and device.type != "meta":
             group["lr"] = torch.as_tensor(
                 group["lr"],
                 dtype=None if isinstance(group["lr"], Tensor) else torch.float64,
@@ -228,9 +239,12 @@ class MaxVA(Optimizer):
 
     @staticmethod
     def _place_group_step(group: dict[str, Any], device: torch.device) -> None:
-        """An int for CPU groups, an int32 tensor of shape [1] on the device for others."""
+        """An int for CPU groups, an int32 tensor of shape [1] on the device for others.
+
+        An int as well where there is only a shape yet: a tensor on "meta" would lose the count.
+        """
         step = group["step"]
-        if device.type == "cpu":
+        if device.type in ("cpu", "meta"):
             if isinstance(step, Tensor):
                 group["step"] = int(step)
         elif not isinstance(step, Tensor) or step.device != device or step.numel() != 1:
@@ -302,6 +316,9 @@ class MaxVA(Optimizer):
             self._step()
         return loss
 
+    # torch.compile has nothing to fuse here and would trace tables and checks. (This is
+    # torch.compiler.disable without its import of torch._dynamo, which takes seconds.)
+    @torch._disable_dynamo
     def _step(self) -> None:
         rows = self._check()
         sharding = Sharding(self.param_groups, self._norm_group)
@@ -342,16 +359,7 @@ class MaxVA(Optimizer):
         first = self.param_groups[0]
         unscales = isinstance(getattr(self, "grad_scale", None), Tensor)
         for group in self.param_groups:
-            check_lr(group["lr"])
-            rows.append(hyper_row(group))
-            if group["stochastic_rounding"]:
-                rounding.check(group)
-            for name in SHARED:
-                if group[name] != first[name]:
-                    raise ValueError(
-                        f"{name} concerns the whole optimizer, but groups have {first[name]!r} "
-                        f"and {group[name]!r}"
-                    )
+            rows.append(_check_options(group, first))
             for index, p in enumerate(group["params"]):
                 g = p.grad
                 if g is not None and (
@@ -455,7 +463,8 @@ class MaxVA(Optimizer):
         if any(_is_capturing(batch.device) for batch in batches):
             return False
         fresh = sum("maxva_weight" in new for _, new in created)
-        observes = fresh < sum("maxva_weight" in state for state in self.state.values()) or any(
+        known = sum("maxva_weight" in self.state[p] for p in self.state if isinstance(p, Tensor))
+        observes = fresh < known or any(
             torch.stack([g.any() for g in _gradients_on(device, batches)]).any()
             for device in {batch.device for batch in batches}
         )
@@ -664,6 +673,21 @@ class LaMAdam(MaxVA):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
+
+
+def _check_options(group: dict[str, Any], first: dict[str, Any]) -> tuple[float, ...]:
+    """Checks a group's options on their own and beside the first group's; returns its row."""
+    check_lr(group["lr"])
+    row = hyper_row(group)
+    if group["stochastic_rounding"]:
+        rounding.check(group)
+    for name in SHARED:
+        if group[name] != first[name]:
+            raise ValueError(
+                f"{name} concerns the whole optimizer, but groups have {first[name]!r} and "
+                f"{group[name]!r}"
+            )
+    return row
 
 
 def _refuse_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) -> NoReturn:

@@ -46,10 +46,8 @@ class Shield:
 
 
 def shielded(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Pre-hook of load_state_dict: checks every parameter's state and shields its tensors."""
+    """Checks every parameter's state in a dict that fits in its groups; shields its tensors."""
     saved, groups = state_dict["param_groups"], optimizer.param_groups
-    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
-        return state_dict  # torch refuses it in its own words
     state = {}
     named = {
         key: (describe(group, index, p), p)
@@ -68,24 +66,28 @@ def shielded(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 
 
 def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
-    present = {key: value for key, value in values.items() if key != "step"}
     missing = [key for key in ("step", *MOMENTS) if key not in values]
     if values and missing and set(values) != {"master_param"}:
         raise ValueError(
             f"{described}: the loaded state lacks {', '.join(missing)}; it is of another "
             f"optimizer (has {', '.join(map(str, values))})"
         )
-    for key, value in present.items():
+    for key, value in values.items():
         if not isinstance(value, Tensor):
+            if key in MOMENTS:
+                raise ValueError(f"{described}: the loaded {key} is no tensor but {value!r}")
             continue
-        if value.shape != p.shape:
+        if value.shape != p.shape and (key != "step" or value.numel() != 1):
             raise ValueError(
                 f"{described}: the loaded {key} has shape {tuple(value.shape)}; it is of another "
                 f"model"
             )
+        if key == "step":
+            continue
         check_placement(described, p, f"the loaded {key}", value)
-        if local(value).isnan().any():
-            warnings.warn(f"{described}: the loaded {key} holds NaN", stacklevel=5)
+        if not local(value).isfinite().all():
+            kind = "NaN" if local(value).isnan().any() else "inf"
+            warnings.warn(f"{described}: the loaded {key} holds {kind}", stacklevel=8)  # the caller, in torch 2.13
 
 
 def placed(p: Tensor, key: str, value: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def train(params, optimizer, begin, end):
     for t in range(begin, end):
         generator = torch.Generator().manual_seed(1000 + t)
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
         optimizer.step()
 
 
@@ -71,19 +71,22 @@ def test_save_load_and_go_on_equals_never_having_stopped(cls, dtype, backend):
     assert resumed.param_groups[0]["step"] == 7
 
 
-def test_state_goes_on_under_another_backend():
+def test_state_goes_on_under_other_backends(kernel):
+    """From the reference to a kernel and back; the same as the reference throughout."""
     params, other_params = make_params(), make_params()
-    optimizer = FusedMAdam(params, backend="cpu")
-    train(params, optimizer, 0, 3)
-    other = FusedMAdam(other_params, backend="eager")
-    train(other_params, other, 0, 1)
-    for p, q in zip(params, other_params, strict=True):
-        q.data.copy_(p.data)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(params, optimizer, 3, 6)
-    train(other_params, other, 3, 6)
+    optimizer = FusedMAdam(params, backend="eager", amsgrad=True)
+    train(params, optimizer, 0, 2)
+    for begin, backend in ((2, kernel), (4, "eager"), (6, kernel)):
+        saved = through_a_file(optimizer.state_dict())
+        optimizer = FusedMAdam(params, backend=backend, amsgrad=True)
+        optimizer.load_state_dict(saved)
+        train(params, optimizer, begin, begin + 2)
+    other = FusedMAdam(other_params, backend="eager", amsgrad=True)
+    train(other_params, other, 0, 8)
     for p, q in zip(params, other_params, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+        assert optimizer.state[p]["step"] == 8
+    assert optimizer.param_groups[0]["step"] == 8
 
 
 def test_a_wider_state_beside_bfloat16_is_not_rounded():
@@ -156,49 +159,150 @@ def test_master_weights_missing_from_a_dict_are_made_from_the_parameter():
     assert torch.equal(master.bfloat16(), params[0])
 
 
-def _broken(kind, state_dict):
-    state_dict = copy.deepcopy(state_dict)
-    values = state_dict["state"][0]
-    if kind == "another optimizer's":
-        del values["maxva_avg"], values["maxva_weight"]
-    elif kind == "another model's":
-        values["exp_avg_sq"] = torch.zeros(7, 5)
-    elif kind == "another grouping":
-        state_dict["param_groups"][0]["params"].pop()
-    return state_dict
+def _state_value(index, key, value):
+    return lambda state_dict: state_dict["state"][index].update({key: value})
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("another optimizer's", r"parameter 0 .*lacks maxva_avg, maxva_weight"),
-        ("another model's", r"parameter 0 .*exp_avg_sq has shape \(7, 5\)"),
-        ("another grouping", "doesn't match the size"),
-    ],
-)
-def test_what_does_not_fit_is_refused_and_nothing_changes(kind, message):
+def _group_value(index, key, value):
+    return lambda state_dict: state_dict["param_groups"][index].update({key: value})
+
+
+def _without_maxva(state_dict):
+    del state_dict["state"][0]["maxva_avg"], state_dict["state"][0]["maxva_weight"]
+
+
+BROKEN = {
+    "another optimizer's": (_without_maxva, r"parameter 0 .*lacks maxva_avg, maxva_weight"),
+    "no step": (lambda d: d["state"][1].pop("step"), r"parameter 1 .*lacks step"),
+    "another model's": (
+        _state_value(0, "exp_avg_sq", torch.zeros(7, 5)),
+        r"parameter 0 .*exp_avg_sq has shape \(7, 5\)",
+    ),
+    "a maximum of another shape": (
+        _state_value(1, "max_exp_avg_sq", torch.zeros(4)),
+        r"parameter 1 .*max_exp_avg_sq has shape \(4,\)",
+    ),
+    "several steps": (
+        _state_value(2, "step", torch.zeros(2)),
+        r"parameter 0 of its group.*step has shape \(2,\)",
+    ),
+    "a number for a moment": (_state_value(1, "exp_avg", 0.5), r"exp_avg is no tensor but 0.5"),
+    "a parameter less": (lambda d: d["param_groups"][0]["params"].pop(), "doesn't match the size"),
+    "a group less": (lambda d: d["param_groups"].pop(), "different number of parameter groups"),
+    "two lr in one": (_group_value(1, "lr", torch.zeros(2)), r"Tensor lr must be 1-element"),
+    "NaN lr": (_group_value(1, "lr", float("nan")), "lr must be finite"),
+    "betas out of range": (_group_value(0, "betas", (0.9, 1.5)), r"betas\[1\]"),
+    "groups at odds": (_group_value(1, "max_grad_norm", 1.0), "max_grad_norm concerns the whole"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_does_not_fit_is_refused_and_nothing_changes(kind):
     params = make_params()
-    optimizer = FusedMAdam(params)
+    optimizer = FusedMAdam([{"params": params[:2]}, {"params": params[2:]}])
     train(params, optimizer, 0, 2)
-    before = copy.deepcopy(optimizer.state_dict())
+    values = [(p.data_ptr(), p.clone(), p.grad.clone()) for p in params]
+    before, broken = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    change, message = BROKEN[kind]
+    change(broken)
     with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(_broken(kind, before))
+        optimizer.load_state_dict(broken)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
-    for index, values in before["state"].items():
-        for key, value in values.items():
+    for index, state in before["state"].items():
+        assert state.keys() == after["state"][index].keys()
+        for key, value in state.items():
             assert torch.equal(after["state"][index][key], value)
+    # what fits loads, and neither way touches parameters or gradients
+    optimizer.load_state_dict(before)
+    for p, (address, value, g) in zip(params, values, strict=True):
+        assert p.data_ptr() == address
+        assert torch.equal(p, value)
+        assert torch.equal(p.grad, g)
 
 
-def test_a_nan_in_a_loaded_state_is_named():
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "inf")])
+@pytest.mark.parametrize("key", ["maxva_avg", "exp_avg_sq"])
+def test_what_is_not_finite_in_a_loaded_state_is_named(key, value, kind):
     names = ["bias", "weight"]
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in names]
     optimizer = FusedMAdam(list(zip(names, params, strict=True)))
     train(params, optimizer, 0, 1)
     state_dict = copy.deepcopy(optimizer.state_dict())
-    state_dict["state"][1]["maxva_avg"][1] = float("nan")
-    with pytest.warns(UserWarning, match=r"'weight'.*maxva_avg holds NaN"):
+    state_dict["state"][1][key][1] = value
+    with pytest.warns(UserWarning, match=f"'weight'.*{key} holds {kind}"):
         optimizer.load_state_dict(state_dict)
+
+
+def test_loading_copies_nothing_that_is_in_place():
+    """So that a checkpoint of the optimizer's size is not held twice."""
+    params = make_params(torch.bfloat16)
+    optimizer = FusedMAdam(params, master_weights=True)
+    train(params, optimizer, 0, 1)
+    saved = through_a_file(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    for index, p in enumerate(params):
+        for key, value in optimizer.state[p].items():
+            assert value.data_ptr() == saved["state"][index][key].data_ptr(), key
+
+
+def test_what_others_keep_in_a_dict_is_kept():
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    train(params, optimizer, 0, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"]["of no parameter"] = 5
+    saved["state"][0]["note"] = torch.ones(5, 7)
+    saved["param_groups"][0]["name"] = "encoder"
+    optimizer.load_state_dict(saved)
+    train(params, optimizer, 1, 2)
+    again = optimizer.state_dict()
+    assert again["state"]["of no parameter"] == 5
+    assert torch.equal(again["state"][0]["note"], torch.ones(5, 7))
+    assert again["param_groups"][0]["name"] == "encoder"
+    assert again["state"][0]["step"] == 2
+
+
+def test_a_tensor_lr_is_loaded_as_one_of_its_own():
+    params = make_params()
+    optimizer = FusedMAdam(params, lr=torch.tensor([0.25]))
+    saved = optimizer.state_dict()
+    other = FusedMAdam(params, lr=0.1)
+    other.load_state_dict(saved)
+    lr = other.param_groups[0]["lr"]
+    assert torch.equal(lr, torch.tensor([0.25]))
+    lr.fill_(0.5)
+    assert float(optimizer.param_groups[0]["lr"]) == 0.25
+
+
+CUDA = maxva_kernels.backends()["cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA != "available", reason=f"backend 'cuda': {CUDA}")
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("route", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_state_goes_on_on_another_device(route, capturable):
+    options = {"lr": torch.tensor(0.01), "capturable": capturable, "amsgrad": True}
+    results = []
+    for devices in (route, ("cpu", "cpu")):
+        params, saved = make_params(), None
+        for begin, device in zip((0, 3), devices, strict=True):
+            params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
+            optimizer = FusedMAdam(params, **options)
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            train(params, optimizer, begin, begin + 3)
+            saved = through_a_file(optimizer.state_dict())
+        group = optimizer.param_groups[0]
+        assert int(group["step"]) == 6
+        assert isinstance(group["step"], torch.Tensor) == (device == "cuda")
+        states = [x for values in optimizer.state.values() for x in values.values()]
+        assert {x.device.type for x in states} == {device}
+        assert group["lr"].device.type == device
+        results.append([p.detach().cpu() for p in params])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_parameters_without_state_are_legal():

@@ -554,3 +554,32 @@ def test_auto_on_the_cpu_does_not_import_the_kernels(tmp_path: Path) -> None:
         "print('maxva_kernels.triton_kernels' in sys.modules)"
     )
     assert run_python(code, tmp_path) == "False\n"
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@interpreted
+def test_state_goes_on_from_backend_to_backend(algorithm: str) -> None:
+    """Eager, CPU, Triton and CPU again: as the reference throughout, whoever takes the steps."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, generator=generator).bfloat16() for n in (5, 4099)]
+    params, expected = ([Parameter(x.clone()) for x in start] for _ in range(2))
+    options = {"master_weights": True, "amsgrad": True, "weight_decay": 0.1}
+    reference = FUSED[algorithm](expected, backend="eager", **options)
+    saved = None
+    for backend in ("eager", "cpu", "triton", "cpu"):
+        opt = FUSED[algorithm](params, backend=backend, **options)
+        if saved is not None:
+            opt.load_state_dict(saved)
+        for _ in range(2):
+            for p, q in zip(params, expected, strict=True):
+                p.grad = q.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            opt.step()
+            reference.step()
+        saved = opt.state_dict()
+    for p, q in zip(params, expected, strict=True):
+        master, other = opt.state[p]["master_param"], reference.state[q]["master_param"]
+        torch.testing.assert_close(master, other, rtol=0, atol=1e-6)
+        assert same_bits(p.detach(), master.bfloat16())
+        assert opt.state[p]["step"] == 8
