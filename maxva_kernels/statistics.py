@@ -69,14 +69,10 @@ class StepStatistics:
         control = next((c for c, _ in controls.values() if c is not None), None)
         if control is None:
             return
-        if self._skipped is None or self._skipped.device != control.device:
-            self._skipped = self._skipped_so_far().to(control.device, copy=True)
-        self._skipped += control[SKIP]
-
-    def _skipped_so_far(self) -> Tensor:
         if self._skipped is None:
-            return torch.zeros((), dtype=torch.float64)
-        return self._skipped
+            self._skipped = torch.zeros((), dtype=torch.float64, device=control.device)
+        self._skipped = self._skipped.to(control.device)
+        self._skipped += control[SKIP]
 
     def read(self, collecting: list[bool], sharding: Sharding) -> list[dict[str, float]]:
         """What MaxVA.stats returns. Waits for the device, and for other ranks where sharded."""
@@ -89,7 +85,7 @@ class StepStatistics:
             rows[:, 1:] = sums.cpu()
             totals.index_add_(0, torch.tensor(table.group_of), rows)
         totals = sharding.sum_over_norm_group(totals)
-        skipped = int(self._skipped_so_far())
+        skipped = 0 if self._skipped is None else int(self._skipped)
         return [
             _described(row, skipped) if collects else {}
             for row, collects in zip(totals.tolist(), collecting, strict=True)

@@ -344,8 +344,9 @@ def test_launches_for_many_tiny_tensors() -> None:
         {"max_grad_norm": 1.0, "skip_nonfinite": True},
         {"trust_ratio": True},
         {"capturable": True},
+        {"collect_stats": True, "skip_nonfinite": True},
     ],
-    ids=["plain", "norm", "trust", "capturable"],
+    ids=["plain", "norm", "trust", "capturable", "statistics"],
 )
 def test_no_synchronisation(
     algorithm: str, options: dict[str, Any], no_sync: Callable[[], None]
@@ -403,6 +404,65 @@ def test_graph_equals_uncaptured(algorithm: str, options: dict[str, Any], lr_cha
         results.append(everything(optimizer))
         assert group["step"] == 7
     assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.parametrize("options", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_stochastic_rounding_same_bits_as_the_cpu(
+    algorithm: str, options: dict[str, Any]
+) -> None:
+    results = []
+    for device in ("cuda", "cpu"):
+        params = make_params(device, dtype=torch.bfloat16)
+        optimizer = CLASSES[algorithm](
+            params, lr=1e-3, stochastic_rounding=True, rounding_seed=2**40 + 1, **options
+        )
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.step()
+        results.append(everything(optimizer))
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_statistics(algorithm: str, options: dict[str, Any]) -> None:
+    """As the CPU's; and collecting them changes no bit."""
+    results, told = [], []
+    for device, collect in (("cuda", True), ("cuda", False), ("cpu", True)):
+        params = make_params(device)
+        optimizer = CLASSES[algorithm](params, beta_min=0.99, collect_stats=collect, **options)
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.step()
+        results.append(everything(optimizer))
+        if collect:
+            told += optimizer.stats()
+    assert_same_bits(results[0], results[1])
+    for name, value in told[0].items():
+        assert value == pytest.approx(told[1][name], rel=1e-4, abs=1e-3), name
+
+
+def test_rounding_and_statistics_move_on_in_a_replayed_graph() -> None:
+    results, told = [], []
+    for captured in (False, True):
+        params = make_params("cuda", dtype=torch.bfloat16)
+        optimizer = FusedMAdam(
+            params, capturable=True, stochastic_rounding=True, collect_stats=True
+        )
+        optimizer.found_inf = found_inf = torch.zeros((), device="cuda")
+        graph = None
+        for step in range(6):
+            found_inf.fill_(float(step == 3))
+            set_grads(params, step)
+            if captured and step >= 2:
+                graph = graph or _captured(optimizer)
+                graph.replay()
+            else:
+                optimizer.step()
+        results.append(everything(optimizer))
+        told += optimizer.stats()
+    assert_same_bits(*results)
+    assert told[0] == told[1]
+    assert told[0]["skipped_steps"] == 1
 
 
 def test_capture_before_the_first_step_is_refused() -> None:
