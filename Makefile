@@ -13,9 +13,11 @@ ARGS ?=
 ifeq ($(VENV),none)
 PY := $(PYTHON)
 STAMPS := build/stamps
+CLANG_FORMAT := clang-format
 else
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
+CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
@@ -80,7 +82,7 @@ lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 clean:
 	rm -rf build dist .venv-wheel *.egg-info maxva_kernels/*.so maxva_kernels/_build_info.py

@@ -28,12 +28,10 @@ struct UpdateArgs {
   std::optional<at::Tensor> control;          // float64 [kControlFields]
   std::optional<at::Tensor> grad_scale;       // one element; g is divided by it and written back
   std::optional<at::Tensor> norms;            // float64 [n, 2]: sums of squares of theta, update
-  std::optional<at::Tensor> statistics;       // float64 [n, kStatistics]; those of the phase are set
-  std::vector<Rounding> rounding;             // per parameter; empty: all to the nearest
+  std::optional<at::Tensor> statistics;  // float64 [n, kStatistics]; those of the phase are set
+  std::vector<Rounding> rounding;        // per parameter; empty: all to the nearest
 
-  Rounding rounding_of(size_t i) const {
-    return rounding.empty() ? Rounding{} : rounding[i];
-  }
+  Rounding rounding_of(size_t i) const { return rounding.empty() ? Rounding{} : rounding[i]; }
 };
 
 // Moves states and parameters and counts the step, unless control says skip.

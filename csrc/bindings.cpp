@@ -202,12 +202,13 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
     }
     check_one_element(step[i], "step", at::kFloat, device);
     const Rounding rounding_of = args.rounding_of(i);
-    TORCH_CHECK_VALUE(rounding_of.parameter < 0 ||
-                          (theta[i].scalar_type() == at::kBFloat16 && master.empty() &&
-                           rounding_of.offset >= 0 && rounding_of.inner_local > 0 &&
-                           rounding_of.inner_global >= 0),
-                      "maxva: rounding[", i, "] is for a bfloat16 parameter without master weights, "
-                      "with offset >= 0 and positive inner sizes");
+    TORCH_CHECK_VALUE(
+        rounding_of.parameter < 0 ||
+            (theta[i].scalar_type() == at::kBFloat16 && master.empty() && rounding_of.offset >= 0 &&
+             rounding_of.inner_local > 0 && rounding_of.inner_global >= 0),
+        "maxva: rounding[", i,
+        "] is for a bfloat16 parameter without master weights, "
+        "with offset >= 0 and positive inner sizes");
   }
   // Only now: a temporary is the first thing that costs, and copies must be in order.
   for (const auto i : c10::irange(n)) {

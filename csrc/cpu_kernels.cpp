@@ -319,32 +319,33 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
 
 // Entry points of one instruction set: thin functions with a target, everything else inlined; but
 // what few steps use is a function of its own, so that it is not compiled into every variant.
-#define MAXVA_ISA(name, target, Fma)                                                             \
-  struct Ops_##name : Fma {                                                                      \
-    template <typename T>                                                                        \
-    target MAXVA_NO_INLINE static void store_stochastically(                                     \
-        const T* from, BFloat16* to, const RandomBits& random, int64_t i, int64_t n) {           \
-      maxva::store_stochastically(from, to, random, i, n);                                       \
-    }                                                                                            \
-    template <typename T>                                                                        \
-    target MAXVA_NO_INLINE static void add_observations(                                         \
-        const T* c, const T* g_raw, int64_t n, const Scalars<T>& s, double* statistics) {        \
-      maxva::add_observations(c, g_raw, n, s, statistics);                                       \
-    }                                                                                            \
-  };                                                                                             \
-  template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                     \
-  target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) { \
-    return update_chunk<kAlgorithm, kAmsgrad, Ops_##name>(chunk, s, phase);                      \
-  }                                                                                              \
-  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                   \
-    return sum_of_squares_chunk(g, dtype, n);                                                    \
-  }                                                                                              \
-  const CpuKernels kernels_##name = {                                                            \
-      #name,                                                                                     \
-      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},        \
-       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},   \
-      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},        \
-       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},   \
+#define MAXVA_ISA(name, target, Fma)                                                               \
+  struct Ops_##name : Fma {                                                                        \
+    template <typename T>                                                                          \
+    target MAXVA_NO_INLINE static void store_stochastically(const T* from, BFloat16* to,           \
+                                                            const RandomBits& random, int64_t i,   \
+                                                            int64_t n) {                           \
+      maxva::store_stochastically(from, to, random, i, n);                                         \
+    }                                                                                              \
+    template <typename T>                                                                          \
+    target MAXVA_NO_INLINE static void add_observations(const T* c, const T* g_raw, int64_t n,     \
+                                                        const Scalars<T>& s, double* statistics) { \
+      maxva::add_observations(c, g_raw, n, s, statistics);                                         \
+    }                                                                                              \
+  };                                                                                               \
+  template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                       \
+  target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) {   \
+    return update_chunk<kAlgorithm, kAmsgrad, Ops_##name>(chunk, s, phase);                        \
+  }                                                                                                \
+  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                     \
+    return sum_of_squares_chunk(g, dtype, n);                                                      \
+  }                                                                                                \
+  const CpuKernels kernels_##name = {                                                              \
+      #name,                                                                                       \
+      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},          \
+       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},     \
+      {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},          \
+       {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},     \
       sum_of_squares_##name};
 
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__) || defined(__FMA__)

@@ -181,10 +181,10 @@ void update_cuda(const UpdateArgs& args) {
   const auto rows = [&](bool wanted, int width) {
     return wanted ? at::empty({plan.num_blocks(), width}, float64) : at::Tensor();
   };
-  const at::Tensor sums = rows(states, 2), statistics = rows(args.statistics.has_value(), kStatistics);
+  const at::Tensor sums = rows(states, 2),
+                   statistics = rows(args.statistics.has_value(), kStatistics);
   auto* const block_sums = states ? sums.mutable_data_ptr<double>() : nullptr;
-  auto* const block_statistics =
-      args.statistics ? statistics.mutable_data_ptr<double>() : nullptr;
+  auto* const block_statistics = args.statistics ? statistics.mutable_data_ptr<double>() : nullptr;
   std::vector<at::Tensor> kept;
 
   gpu::UpdateLaunch launch;

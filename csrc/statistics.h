@@ -1,4 +1,5 @@
-// What optimizer.stats() is made of: sums over the elements of a tensor, taken in the update's pass.
+// What optimizer.stats() is made of: sums over the elements of a tensor, taken in the update's
+// pass.
 #pragma once
 
 #include "step_scalars.h"

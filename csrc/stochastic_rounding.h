@@ -30,15 +30,13 @@ struct RandomBits {
   bool in_a_row;  // e is i + offset
 
   MAXVA_INLINE PhiloxWords words(int64_t call) const {
-    return philox(
-        {{static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), parameter, t}}, key0,
-        key1);
+    return philox({{static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32), parameter, t}},
+                  key0, key1);
   }
 
   MAXVA_INLINE uint32_t word(int64_t i) const {
-    const int64_t e = in_a_row
-                          ? i + offset
-                          : (i / inner_local) * inner_global + offset + i % inner_local;
+    const int64_t e =
+        in_a_row ? i + offset : (i / inner_local) * inner_global + offset + i % inner_local;
     const PhiloxWords of_call = words(e / 4);
     const uint32_t low = e % 2 ? of_call.x[1] : of_call.x[0];
     const uint32_t high = e % 2 ? of_call.x[3] : of_call.x[2];
@@ -65,8 +63,7 @@ MAXVA_INLINE RandomBits make_random_bits(const Rounding& rounding, int64_t numel
   bits.inner_local = rounding.inner_local;
   bits.inner_global = rounding.inner_global;
   bits.on = rounding.parameter >= 0;
-  bits.in_a_row =
-      rounding.inner_local == rounding.inner_global || numel <= rounding.inner_local;
+  bits.in_a_row = rounding.inner_local == rounding.inner_global || numel <= rounding.inner_local;
   return bits;
 }
 

@@ -407,9 +407,7 @@ def test_graph_equals_uncaptured(algorithm: str, options: dict[str, Any], lr_cha
 
 
 @pytest.mark.parametrize("options", ELEMENTWISE.values(), ids=ELEMENTWISE)
-def test_stochastic_rounding_same_bits_as_the_cpu(
-    algorithm: str, options: dict[str, Any]
-) -> None:
+def test_stochastic_rounding_same_bits_as_the_cpu(algorithm: str, options: dict[str, Any]) -> None:
     results = []
     for device in ("cuda", "cpu"):
         params = make_params(device, dtype=torch.bfloat16)

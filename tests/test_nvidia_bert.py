@@ -105,7 +105,9 @@ class Run:
         self.overflow_seen: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor]) -> None:
-        dtype = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}.get(self.precision)
+        dtype = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}.get(
+            self.precision
+        )
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             scores = self.model(batch["tokens"])
             loss = nn.functional.cross_entropy(scores.float(), batch["labels"])

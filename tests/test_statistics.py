@@ -50,9 +50,7 @@ def test_results_are_the_same_bits(
 def test_values_are_those_of_the_definition(
     options: dict[str, Any], backend: str, algorithm: str
 ) -> None:
-    problem = realistic_problem(
-        SHAPES, algorithm, dtype=torch.float64, beta_min=0.99, **options
-    )
+    problem = realistic_problem(SHAPES, algorithm, dtype=torch.float64, beta_min=0.99, **options)
     opt = problem.optimizer(backend, collect_stats=True)
     h = dict(zip(ROW, hyper_row(opt.param_groups[0]), strict=True))
     before = [p.detach().clone() for p in params_of(opt)]

@@ -101,9 +101,8 @@ def test_nan_stays_nan_and_large_values_finite(backend: str) -> None:
 
 @pytest.mark.parametrize("sixteenths", [1, 4, 8, 13])
 def test_rounding_up_is_as_frequent_as_it_should_be(sixteenths: int, backend: str) -> None:
-    """x lies between two bfloat16 at a known distance: the share rounded up is a binomial one."""
+    """Between two bfloat16 at a known distance, the share rounded up is a binomial one."""
     n = 200_000
-    # 1.5 (1 - 2^-10 k) is 1.5 - k 2^-10 - k 2^-11: steps of 2^-11, sixteenths of bfloat16's 2^-7
     k = 16 - sixteenths
     p = torch.full((n,), 1.0).bfloat16()
     (found,) = decayed([p], backend, lr=1.0, weight_decay=k * 2.0**-12)

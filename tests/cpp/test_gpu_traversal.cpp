@@ -297,12 +297,21 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
   for (size_t i = 0; i < t.theta.size(); ++i) {
     const RandomBits random =
         make_random_bits(rounding_of(run.c, i), t.theta[i].size(), t.step[i] + 1.0);
-    const ChunkView view{
-        t.theta[i].data(), t.theta[i].dtype(), t.master[i].data(),
-        t.g[i].data(),     t.g[i].dtype(),     run.c.unscale ? &run.grad_scale : nullptr,
-        t.m[i].data(),     t.u[i].data(),      t.v[i].data(),
-        t.w[i].data(),     t.vmax[i].data(),   t.theta[i].size(),
-        0,                 &random,            run.c.statistics ? run.statistics[i].data() : nullptr};
+    const ChunkView view{t.theta[i].data(),
+                         t.theta[i].dtype(),
+                         t.master[i].data(),
+                         t.g[i].data(),
+                         t.g[i].dtype(),
+                         run.c.unscale ? &run.grad_scale : nullptr,
+                         t.m[i].data(),
+                         t.u[i].data(),
+                         t.v[i].data(),
+                         t.w[i].data(),
+                         t.vmax[i].data(),
+                         t.theta[i].size(),
+                         0,
+                         &random,
+                         run.c.statistics ? run.statistics[i].data() : nullptr};
     const Hyper& h = run.hyper[group_of(run.c, i)];
     const double trust =
         phase == Phase::kParameters ? trust_ratio(h, norms[i].theta, norms[i].update) : 1.0;
@@ -500,10 +509,7 @@ int main() {
        .misalignment = 2,
        .algorithm = lamadam,
        .statistics = true},
-      {.name = "statistics, trust ratio",
-       .numels = edges,
-       .trust_ratio = true,
-       .statistics = true},
+      {.name = "statistics, trust ratio", .numels = edges, .trust_ratio = true, .statistics = true},
       {.name = "f16", .numels = tails, .theta_dtypes = {f16}, .g_dtypes = {f16}, .unscale = true},
       {.name = "f64", .numels = edges, .theta_dtypes = {f64}, .g_dtypes = {f64}, .unscale = true},
       {.name = "f64 misaligned",
