@@ -471,25 +471,25 @@ class MaxVA(Optimizer):
                 if id(step) not in counted
             ]
             counted.update(id(step) for step in batch.group_step)
-        norms = {
-            id(batch): torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
-            for batch in batches
-            if batch.trust_ratio
-        }
 
-        def run(batch: Batch, phase: Phase) -> None:
+        def run(batch: Batch, phase: Phase, norms: Tensor | None) -> None:
             control, grad_scale = controls[batch.device]
-            self._find(batch.device).update(
-                batch, self.algorithm, phase, control, grad_scale, norms.get(id(batch))
-            )
+            backend = self._find(batch.device)
+            backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
 
-        two_phases = [batch for batch in batches if batch.trust_ratio]
+        two_phases = []
         for batch in batches:
-            run(batch, Phase.STATES if batch.trust_ratio else Phase.WHOLE)
+            if batch.trust_ratio:
+                n = len(batch.theta)
+                norms = torch.zeros(n, 2, dtype=torch.float64, device=batch.device)
+                two_phases.append((batch, norms))
+                run(batch, Phase.STATES, norms)
+            else:
+                run(batch, Phase.WHOLE, None)
         if any(group["trust_ratio"] for group in self.param_groups):
-            sharding.sum_norms([(batch, norms[id(batch)]) for batch in two_phases])
-        for batch in two_phases:
-            run(batch, Phase.PARAMETERS)
+            sharding.sum_norms(two_phases)
+        for batch, norms in two_phases:
+            run(batch, Phase.PARAMETERS, norms)
         return counted
 
     def _count_groups(

@@ -141,8 +141,6 @@ class Sharding:
         # per divided parameter, by id: its row in tables of norms, and its groups' names
         self._row_of: dict[int, int] = {}
         self._names: list[tuple[str, ...]] = []
-        # per batch, by id: {index in the batch: row}
-        self._rows: dict[int, dict[int, int]] = {}
         self._check_flattened()
         cls = _dtensor()
         if cls is not None:
@@ -160,7 +158,7 @@ class Sharding:
             }
             wanted = [name for name, is_wanted in options.items() if is_wanted]
             for index, p in enumerate(group["params"] if wanted else ()):
-                if "_fsdp_flattened" in p.__dict__:
+                if getattr(p, "_fsdp_flattened", False):
                     raise NotImplementedError(
                         f"{describe(group, index, p)} is a shard of FSDP1, whose norm is not "
                         f"known here: {', '.join(wanted)} cannot be used. Use fully_shard (FSDP2); "
@@ -226,9 +224,7 @@ class Sharding:
             tensors[i] = tensor.redistribute(p.device_mesh, p.placements).to_local()
         for batch in batches:
             here = [(i, p) for i, p in enumerate(batch.theta) if isinstance(p, cls)]
-            self._rows[id(batch)] = {
-                i: self._row_of[id(p)] for i, p in here if id(p) in self._row_of
-            }
+            batch.rows = {i: self._row_of[id(p)] for i, p in here if id(p) in self._row_of}
             # the operators count up what they write, but do not see the DTensor around it
             torch.autograd.graph.increment_version([p for _, p in here if not p.is_inference()])
             for i, p in here:
@@ -320,12 +316,11 @@ class Sharding:
     ) -> dict[tuple[tuple[str, ...], torch.device], list[Tensor]]:
         lists: dict[tuple[tuple[str, ...], torch.device], list[Tensor]] = {}
         for batch in batches:
-            rows = self._rows.get(id(batch))
-            if not rows:
+            if not batch.rows:
                 lists.setdefault(((), batch.device), []).extend(batch.g)
                 continue
             for i, g in enumerate(batch.g):
-                names = self._names[rows[i]] if i in rows else ()
+                names = self._names[batch.rows[i]] if i in batch.rows else ()
                 lists.setdefault((names, batch.device), []).append(g)
         return lists
 
@@ -342,9 +337,13 @@ class Sharding:
         device = self._device()
         table = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
         places = [
-            (values, _index(tuple(rows), values.device), _index(tuple(rows.values()), device))
+            (
+                values,
+                _index(tuple(batch.rows), values.device),
+                _index(tuple(batch.rows.values()), device),
+            )
             for batch, values in norms
-            if (rows := self._rows.get(id(batch)))
+            if batch.rows
         ]
         for values, here, there in places:
             table[there] = values[here].to(device)
