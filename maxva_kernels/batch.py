@@ -43,7 +43,9 @@ class Batch:
     `group_step` holds the int32 counters on the device that this call counts up. `trust_ratio` is
     the same for all groups of a batch: it takes two phases. `rounding` holds a row of
     rounding.FIELDS per parameter, or nothing where none is rounded stochastically; `statistics` is
-    float64 [parameters, len(Statistic)], of which each phase writes what it knows, or None.
+    float64 [parameters, len(Statistic)], of which each phase writes what it knows, or None. `rows`,
+    no backend's business, tells of parameters divided over ranks their row in the table of norms
+    (sharding.py).
     """
 
     device: torch.device
@@ -64,6 +66,7 @@ class Batch:
     rounding: list[int] = field(default_factory=list)
     statistics: Tensor | None = None
     groups: list[int] = field(default_factory=list)
+    rows: dict[int, int] = field(default_factory=dict)
 
 
 def check_states(batch: Batch) -> None:
