@@ -116,6 +116,4 @@ FUSED = [
     )
     for cls in (*FUSED_CLASSES, *map(clipping, FUSED_CLASSES))
 ]
-REFERENCE = [
-    info(cls, supported_impls=()) for cls in (maxva_kernels.MAdam, maxva_kernels.LaMAdam)
-]
+REFERENCE = [info(cls, supported_impls=()) for cls in (maxva_kernels.MAdam, maxva_kernels.LaMAdam)]
