@@ -1,6 +1,7 @@
 // Walks the GPU's per-thread code over every block and thread index on the CPU and compares with
 // the CPU kernels bit for bit. Built with the address and alignment sanitizers, so that an access
 // beyond a list or a wide access to a misaligned one ends the program.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -105,6 +106,7 @@ struct Case {
   Algorithm algorithm = Algorithm::kMAdam;
   bool trust_ratio = false;
   std::vector<double Hyper::*> switches = {};
+  bool stochastic = false, statistics = false;
 };
 
 struct Tensors {
@@ -178,29 +180,52 @@ int64_t group_of(const Case& c, size_t i) {
   return static_cast<int64_t>(i) * c.num_groups / static_cast<int64_t>(c.numels.size());
 }
 
+// Whole tensors, rows of larger ones at any offset, and columns of wider ones, in turn.
+Rounding rounding_of(const Case& c, size_t i) {
+  if (!c.stochastic || theta_dtype(c, i) != DType::kBFloat16) return {};
+  const int64_t n = c.numels[i], index = static_cast<int64_t>(i);
+  if (i % 3 == 0) return {int64_t{1} << 40 | 5, index, 0, n, n};
+  if (i % 3 == 1) return {7, index, 3 + 4 * index + (int64_t{1} << 34), n, 10 * n};
+  return {7, index, 11, 5, 13};
+}
+
+using TensorStatistics = std::array<double, kStatistics>;
+
 struct Run {
   const Case& c;
   Tensors& t;
   std::vector<Hyper> hyper;
   double control[kControlFields];
   double grad_scale = 128;
+  std::vector<TensorStatistics> statistics{t.theta.size(), TensorStatistics{}};
 };
 
 template <typename T>
 void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, Phase phase,
-               SumsOfSquares& sums) {
+               SumsOfSquares& sums, TensorStatistics& statistics) {
   gpu::BlockState<T> state;
   gpu::prepare_block(launch, block, phase, state);
-  const auto with_phase = [&]<Algorithm kAlgorithm, bool kAmsgrad>() {
+  const auto with_collect = [&]<Algorithm kAlgorithm, bool kAmsgrad, bool kCollect>() {
+    constexpr auto whole = gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kWhole, kCollect, T>;
+    constexpr auto states = gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kStates, kCollect, T>;
+    constexpr auto parameters =
+        gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kParameters, kCollect, T>;
+    const auto update = phase == Phase::kWhole    ? whole
+                        : phase == Phase::kStates ? states
+                                                  : parameters;
     for (int thread = 0; thread < gpu::kThreads; ++thread) {
-      const SumsOfSquares own =
-          phase == Phase::kWhole
-              ? gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kWhole>(state, thread)
-          : phase == Phase::kStates
-              ? gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kStates>(state, thread)
-              : gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kParameters>(state, thread);
+      gpu::ThreadStatistics<T> of_thread;
+      const SumsOfSquares own = update(state, thread, of_thread);
       sums.theta += own.theta, sums.update += own.update;
+      const double values[] = {of_thread.gradient_squares, double(of_thread.one_minus_beta),
+                               double(of_thread.at_beta_min), double(of_thread.at_beta_max),
+                               double(of_thread.step_size)};
+      for (int k = 0; k < kStatistics; ++k) statistics[k] += values[k];
     }
+  };
+  const auto with_phase = [&]<Algorithm kAlgorithm, bool kAmsgrad>() {
+    run.c.statistics ? with_collect.template operator()<kAlgorithm, kAmsgrad, true>()
+                     : with_collect.template operator()<kAlgorithm, kAmsgrad, false>();
   };
   constexpr auto madam = Algorithm::kMAdam, lamadam = Algorithm::kLaMAdam;
   if (run.c.algorithm == madam) {
@@ -219,7 +244,7 @@ void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
     entries.push_back({t.theta[i].data(), t.master[i].data(), t.m[i].data(), t.u[i].data(),
                        t.v[i].data(), t.w[i].data(), t.vmax[i].data(), &t.step[i],
                        t.theta[i].size(), 0, int64_t(t.theta[i].dtype()), group_of(run.c, i),
-                       int64_t(i)});
+                       int64_t(i), rounding_of(run.c, i)});
   }
   const gpu::UpdatePlan plan(entries, run.hyper, {});
   gpu::Image image = plan.key();
@@ -250,12 +275,13 @@ void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
         });
     for (int64_t b = 0; b < range.end_block - range.first_block; ++b) {
       SumsOfSquares sums{0, 0};
+      const int64_t index = tables.tensors[launch->blocks[b].tensor].index;
       if (range.float64) {
-        run_block<double>(run, *launch, b, phase, sums);
+        run_block<double>(run, *launch, b, phase, sums, run.statistics[index]);
       } else {
-        run_block<float>(run, *launch, b, phase, sums);
+        run_block<float>(run, *launch, b, phase, sums, run.statistics[index]);
       }
-      SumsOfSquares& total = of_tensor[tables.tensors[launch->blocks[b].tensor].index];
+      SumsOfSquares& total = of_tensor[index];
       total.theta += sums.theta, total.update += sums.update;
     }
   }
@@ -269,11 +295,14 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
   const CpuKernels& kernels = cpu_kernels_for("");
   Tensors& t = run.t;
   for (size_t i = 0; i < t.theta.size(); ++i) {
+    const RandomBits random =
+        make_random_bits(rounding_of(run.c, i), t.theta[i].size(), t.step[i] + 1.0);
     const ChunkView view{
         t.theta[i].data(), t.theta[i].dtype(), t.master[i].data(),
         t.g[i].data(),     t.g[i].dtype(),     run.c.unscale ? &run.grad_scale : nullptr,
         t.m[i].data(),     t.u[i].data(),      t.v[i].data(),
-        t.w[i].data(),     t.vmax[i].data(),   t.theta[i].size()};
+        t.w[i].data(),     t.vmax[i].data(),   t.theta[i].size(),
+        0,                 &random,            run.c.statistics ? run.statistics[i].data() : nullptr};
     const Hyper& h = run.hyper[group_of(run.c, i)];
     const double trust =
         phase == Phase::kParameters ? trust_ratio(h, norms[i].theta, norms[i].update) : 1.0;
@@ -312,6 +341,17 @@ void test_update(const Case& c) {
   const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
   run_gpu(gpu_run, phase, norms);
   run_cpu(cpu_run, phase, expected);
+
+  for (size_t i = 0; i < c.numels.size(); ++i) {
+    for (int k = 0; k < kStatistics; ++k) {
+      const double found = gpu_run.statistics[i][k], wanted = cpu_run.statistics[i][k];
+      const bool count = k == kAtBetaMin || k == kAtBetaMax;
+      CHECK(count ? found == wanted : std::abs(found - wanted) <= 1e-5 * std::abs(wanted),
+            "%s: statistic %d of %zu: %.17g, not %.17g", c.name.c_str(), k, i, found, wanted);
+      CHECK(c.numels[i] == 0 || c.skip || count || (found > 0) == c.statistics,
+            "%s: statistic %d of %zu is %g", c.name.c_str(), k, i, found);
+    }
+  }
 
   static const char* const kNames[] = {"theta", "g", "master", "m", "u", "v", "w", "vmax"};
   bool moved = false;
@@ -437,6 +477,33 @@ int main() {
       {.name = "not finite", .numels = tails, .nonfinite = true},
       {.name = "not finite, lamadam", .numels = tails, .nonfinite = true, .algorithm = lamadam},
       {.name = "bf16", .numels = tails, .theta_dtypes = {bf16}, .g_dtypes = {bf16}},
+      {.name = "bf16, stochastic",
+       .numels = {1, 2, 3, 4, 5, 7, 1023, 1024, 1025, chunk + 3, 2 * chunk + 1, chunk - 1},
+       .theta_dtypes = {bf16},
+       .g_dtypes = {bf16, f32},
+       .unscale = true,
+       .stochastic = true},
+      {.name = "stochastic beside others, misaligned",
+       .numels = tails,
+       .theta_dtypes = {bf16, f32, bf16, f16, f64},
+       .g_dtypes = {bf16, f32},
+       .misalignment = 2,
+       .num_groups = 3,
+       .algorithm = lamadam,
+       .trust_ratio = true,
+       .stochastic = true},
+      {.name = "statistics", .numels = edges, .unscale = true, .statistics = true},
+      {.name = "statistics, all types",
+       .numels = {9, 8, 1000, 3, 0, 65, 66, 67, 68, 1, 2, 3, 5, 1030, 77, 4},
+       .theta_dtypes = all,
+       .amsgrad = true,
+       .misalignment = 2,
+       .algorithm = lamadam,
+       .statistics = true},
+      {.name = "statistics, trust ratio",
+       .numels = edges,
+       .trust_ratio = true,
+       .statistics = true},
       {.name = "f16", .numels = tails, .theta_dtypes = {f16}, .g_dtypes = {f16}, .unscale = true},
       {.name = "f64", .numels = edges, .theta_dtypes = {f64}, .g_dtypes = {f64}, .unscale = true},
       {.name = "f64 misaligned",
