@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
@@ -320,7 +321,7 @@ class MaxVA(Optimizer):
 
     # torch.compile has nothing to fuse here and would trace tables and checks. (This is
     # torch.compiler.disable without its import of torch._dynamo, which takes seconds.)
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step(self) -> None:
         rows = self._check()
         sharding = Sharding(self.param_groups, self._norm_group)

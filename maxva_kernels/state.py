@@ -87,9 +87,8 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
         check_placement(described, p, f"the loaded {key}", value)
         if not local(value).isfinite().all():
             kind = "NaN" if local(value).isnan().any() else "inf"
-            warnings.warn(
-                f"{described}: the loaded {key} holds {kind}", stacklevel=8
-            )  # the caller, in torch 2.13
+            # at the caller of load_state_dict, in torch 2.13
+            warnings.warn(f"{described}: the loaded {key} holds {kind}", stacklevel=8)
 
 
 def placed(p: Tensor, key: str, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop of NVIDIA's BERT pretraining script in small, with the swap of docs/nvidia_bert.md.
+"""The loop of NVIDIA's BERT pretraining script in small, with the swap of docs/nvidia_bert.md.
 
 Kept are the order of calls and all that reaches into the optimizer: a scheduler that reads
 param_groups[0]["step"] and rebinds every lr to one device tensor, scheduler before scaler before
@@ -105,9 +105,8 @@ class Run:
         self.overflow_seen: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor]) -> None:
-        dtype = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}.get(
-            self.precision
-        )
+        dtypes = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
+        dtype = dtypes.get(self.precision)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             scores = self.model(batch["tokens"])
             loss = nn.functional.cross_entropy(scores.float(), batch["labels"])
@@ -278,7 +277,7 @@ def test_phase_2_restarts_the_schedule_and_nothing_else(precision: str, device: 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cls", [FusedMAdam, FusedLaMAdam])
 def test_the_whole_step_in_one_graph(cls: Any, precision: str) -> None:
-    """Forward, backward, schedule, scaler and step, replayed; lr and skips are found on the device."""
+    """Forward, backward, schedule, scaler and step, replayed; lr and skips arise on the device."""
     run, captured = Run("cuda", precision, cls), Run("cuda", precision, cls)
     overflow_at = 17 if run.scaler.is_enabled() else -1
     run.train(0, 11)

@@ -94,7 +94,7 @@ def info(cls: Any, **options: Any) -> OptimizerInfo:
         cls,
         optim_inputs_func=inputs,
         optim_error_inputs_func=error_inputs,
-        not_og_supported_flags=(),
+        not_og_supported_flags=("maximize", "capturable", "differentiable"),
         supports_complex=False,
         has_capturable_arg=True,
         **options,
