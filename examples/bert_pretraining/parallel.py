@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 class Ranks:
-    """The group of processes; a context manager that joins it and leaves it.
+    """The group of processes; a context manager that joins it and leaves it, unless it is joined.
 
     Attributes:
         launched: Whether torchrun started this process.
@@ -53,13 +53,14 @@ class Ranks:
         return self.rank == 0
 
     def __enter__(self) -> Ranks:
-        if self.launched:
+        self._joins = self.launched and not dist.is_initialized()
+        if self._joins:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.launched:
+        if self._joins:
             dist.destroy_process_group()
 
     def say(self, text: str, file: TextIO | None = None) -> None:
@@ -91,17 +92,22 @@ class Ranks:
             UserError: It raised this or an OSError.
             SystemExit: It raised this, as argparse does when it has printed what it has to say.
         """
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = ["waiting", None]
         if self.first:
             try:
-                outcome[0] = function()
-            except (UserError, OSError, SystemExit) as error:
-                outcome[1] = error if isinstance(error, SystemExit) else UserError(str(error))
+                outcome = ["done", function()]
+            except (UserError, OSError) as error:
+                outcome = ["failed", str(error)]
+            except SystemExit as error:
+                outcome = ["left", error.code]
         if self.launched:
             dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        kind, result = outcome
+        if kind == "failed":
+            raise UserError(result)
+        if kind == "left":
+            raise SystemExit(result)
+        return result
 
     @contextmanager
     def together(self) -> Iterator[None]:
