@@ -38,6 +38,13 @@ ROW = (
 )
 
 
+def describe(group: dict[str, Any], index: int, p: torch.Tensor) -> str:
+    """Names a group's parameter in an error message."""
+    names = group.get("param_names")
+    name = f"{names[index]!r}" if names else f"{index} of its group"
+    return f"parameter {name} (shape {tuple(p.shape)})"
+
+
 def default_beta_init(beta_high: float) -> float:
     """The weight of the first observation is 1 - this: beta_high, and 0.9 where that is 1."""
     return beta_high if beta_high < 1 else 0.9

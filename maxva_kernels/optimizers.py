@@ -19,8 +19,9 @@ from typing_extensions import Unpack
 
 from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
-from maxva_kernels.hyper import SHARED, check_lr, hyper_row
-from maxva_kernels.state import Shield, describe, new_master, new_state, placed, shielded
+from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
+from maxva_kernels.sharding import NormGroup, Sharding
+from maxva_kernels.state import Shield, new_master, new_state, placed, shielded
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
@@ -64,6 +65,7 @@ class MaxVA(Optimizer):
     # a class attribute: instance attributes do not survive deepcopy and pickle
     _step_supports_amp_scaling = True
     _backend = "auto"
+    _norm_group: NormGroup | None = None
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class MaxVA(Optimizer):
         backend: str = "auto",
     ) -> None:
         if norm_process_group is not None:
-            raise NotImplementedError("norm_process_group is not supported yet; use None")
+            self._norm_group = NormGroup(norm_process_group)
         check_name(backend)
         self._backend = backend
         # a group key added in a later release would break flattened distributed checkpoints
@@ -141,6 +143,12 @@ class MaxVA(Optimizer):
                 it concerns the whole optimizer (max_grad_norm, skip_nonfinite).
             TypeError: a parameter is complex or not a float32, float64, bfloat16 or float16.
         """
+        if "norm_process_group" in param_group:
+            raise ValueError(
+                "norm_process_group concerns the optimizer and is no group key; a wrapper that "
+                "passes it to groups (ZeroRedundancyOptimizer) takes optimizer_class="
+                "functools.partial(FusedMAdam, norm_process_group=...)"
+            )
         given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -267,16 +275,20 @@ class MaxVA(Optimizer):
 
     def _step(self) -> None:
         rows = self._check()
+        sharding = Sharding(self.param_groups, self._norm_group)
         created: list[tuple[Tensor, dict[str, Any]]] = []
         try:
             batches = self._collect(rows, created)
-            if created and self._observes_nothing(batches, created):
+            sharding.localize(batches, isinstance(getattr(self, "grad_scale", None), Tensor))
+            if (created or sharding.spans_ranks) and self._observes_nothing(
+                batches, created, sharding
+            ):
                 return
             if len(batches) > 1:
                 for batch in batches:
                     check_states(batch)
-            controls = self._write_controls(batches)
-            counted = self._update(batches, controls)
+            controls = self._write_controls(batches, sharding)
+            counted = self._update(batches, controls, sharding)
         except Exception:
             for p, new in created:
                 for key in new:
@@ -379,41 +391,43 @@ class MaxVA(Optimizer):
             batch.group_step.append(step)
 
     def _observes_nothing(
-        self, batches: list[Batch], created: list[tuple[Tensor, dict[str, Any]]]
+        self,
+        batches: list[Batch],
+        created: list[tuple[Tensor, dict[str, Any]]],
+        sharding: Sharding,
     ) -> bool:
         """Whether this is the initialising step of torch.distributed.checkpoint.
 
-        There no state exists, every lr is 0 and every gradient exactly 0; counted as an
-        observation it would shrink the first real update.
+        There no state exists, every lr is 0 and every gradient exactly 0, on all ranks; counted as
+        an observation it would shrink the first real update.
         """
         for group in self.param_groups:
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return False
-        fresh = sum("maxva_weight" in new for _, new in created)
-        if fresh < sum("maxva_weight" in state for state in self.state.values()):
-            return False
         if any(_is_capturing(batch.device) for batch in batches):
             return False
-        return not any(
+        fresh = sum("maxva_weight" in new for _, new in created)
+        observes = fresh < sum("maxva_weight" in state for state in self.state.values()) or any(
             torch.stack([g.any() for g in _gradients_on(device, batches)]).any()
             for device in {batch.device for batch in batches}
         )
+        return not sharding.on_any_rank(observes)
 
-    def _write_controls(self, batches: list[Batch]) -> dict[torch.device, tuple[Any, ...]]:
+    def _write_controls(
+        self, batches: list[Batch], sharding: Sharding
+    ) -> dict[torch.device, tuple[Any, ...]]:
         """Per device: (control block or None, grad_scale or None)."""
         group = self.param_groups[0]
         max_grad_norm = group["max_grad_norm"]
         grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
         needs_norm = max_grad_norm is not None or group["skip_nonfinite"]
-        devices = list(dict.fromkeys(batch.device for batch in batches))
-        total = None
-        if needs_norm and devices:
-            sums = [self._find(d).sum_of_squares(_gradients_on(d, batches)) for d in devices]
-            total = sums[0]
-            for other in sums[1:]:
-                total = total + other.to(total.device, non_blocking=True)
+        total, found_inf = sharding.control_sums(
+            batches,
+            (lambda device, g: self._find(device).sum_of_squares(g)) if needs_norm else None,
+            getattr(self, "found_inf", None),
+        )
+        devices = dict.fromkeys([*(batch.device for batch in batches), *sharding.devices])
         controls: dict[torch.device, tuple[Any, ...]] = {}
         for device in devices:
             scale = _on(grad_scale, device)
@@ -432,7 +446,10 @@ class MaxVA(Optimizer):
         return controls
 
     def _update(
-        self, batches: list[Batch], controls: dict[torch.device, tuple[Any, ...]]
+        self,
+        batches: list[Batch],
+        controls: dict[torch.device, tuple[Any, ...]],
+        sharding: Sharding,
     ) -> set[int]:
         """Hands every batch to its backend; returns the ids of the group steps counted there."""
         counted: set[int] = set()
@@ -444,15 +461,25 @@ class MaxVA(Optimizer):
                 if id(step) not in counted
             ]
             counted.update(id(step) for step in batch.group_step)
-        for batch in batches:
-            backend = self._find(batch.device)
+        norms = {
+            id(batch): torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
+            for batch in batches
+            if batch.trust_ratio
+        }
+
+        def run(batch: Batch, phase: Phase) -> None:
             control, grad_scale = controls[batch.device]
-            if batch.trust_ratio:
-                norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
-                for phase in (Phase.STATES, Phase.PARAMETERS):
-                    backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
-            else:
-                backend.update(batch, self.algorithm, Phase.WHOLE, control, grad_scale, None)
+            self._find(batch.device).update(
+                batch, self.algorithm, phase, control, grad_scale, norms.get(id(batch))
+            )
+
+        two_phases = [batch for batch in batches if batch.trust_ratio]
+        for batch in batches:
+            run(batch, Phase.STATES if batch.trust_ratio else Phase.WHOLE)
+        if any(group["trust_ratio"] for group in self.param_groups):
+            sharding.sum_norms([(batch, norms[id(batch)]) for batch in two_phases])
+        for batch in two_phases:
+            run(batch, Phase.PARAMETERS)
         return counted
 
     def _count_groups(
@@ -475,7 +502,11 @@ class MaxVA(Optimizer):
         return find_backend(self._backend, device.type)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend}
+        return {
+            **super().__getstate__(),
+            "_backend": self._backend,
+            "_norm_group": self._norm_group,
+        }
 
 
 class FusedMAdam(MaxVA):

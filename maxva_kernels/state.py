@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from maxva_kernels.hyper import describe
+from maxva_kernels.sharding import check_placement, local
+
 #: Keys of a parameter's state that every step needs, beside its counter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight")
-
-
-def describe(group: dict[str, Any], index: int, p: Tensor) -> str:
-    """Names a parameter in an error message."""
-    names = group.get("param_names")
-    name = f"{names[index]!r}" if names else f"{index} of its group"
-    return f"parameter {name} (shape {tuple(p.shape)})"
 
 
 def new_state(
@@ -87,7 +83,8 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
                 f"{described}: the loaded {key} has shape {tuple(value.shape)}; it is of another "
                 f"model"
             )
-        if value.isnan().any():
+        check_placement(described, p, f"the loaded {key}", value)
+        if local(value).isnan().any():
             warnings.warn(f"{described}: the loaded {key} holds NaN", stacklevel=5)
 
 
