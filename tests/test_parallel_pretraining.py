@@ -31,8 +31,11 @@ OPTIMIZERS = ("adamw", "madam")
 
 
 def options(corpus: object, out: Path, optimizer: str, *more: str) -> list[str]:
-    """Two micro-batches in each of two processes, a held-out remainder, clipping at every step."""
-    special = ("--micro-batch-size", "2", "--eval-examples", "6", "--max-grad-norm", "0.5")
+    """Two micro-batches in each of two processes, a held-out remainder, clipping at some steps.
+
+    Clipping at all of them would hide gradients that are wrong by a factor.
+    """
+    special = ("--micro-batch-size", "2", "--eval-examples", "6", "--max-grad-norm", "3.2")
     return arguments(corpus, out, *special, "--optimizer", optimizer, *more)
 
 
@@ -112,36 +115,25 @@ def pair(
     return SimpleNamespace(folder=folder, printed=dict(zip(runs, printed, strict=True)))
 
 
-def largest_difference(left: dict, right: dict) -> float:
-    """Largest difference of two dicts of tensors, relative to the largest number of each tensor."""
-    assert left.keys() == right.keys()
-    differences = [
-        (left[name] - right[name]).abs().max() / right[name].abs().max().clamp_min(1e-30)
-        for name in left
-    ]
-    return max(differences).item()
-
-
 def assert_same_curve(out: Path, expected: Path) -> None:
     """The same run but for the order in which numbers were added up.
 
-    The first moment grows with the factor that clipped the gradient, which the parameters hide.
+    The first moment is proportional to the clipped gradients, which the losses hardly show.
     """
     left, right = newest_state(out), newest_state(expected)
     assert left["step"] == right["step"] == STEPS
     for key in ("train", "held_out"):
-        assert len(left["history"][key]) == len(right["history"][key])
-        torch.testing.assert_close(
-            torch.tensor(left["history"][key], dtype=torch.float64),
-            torch.tensor(right["history"][key], dtype=torch.float64),
-            rtol=1e-5,
-            atol=0,
-        )
-    moments = [
-        {name: state["exp_avg"] for name, state in both["optimizer"]["state"].items()}
-        for both in (left, right)
-    ]
-    print(largest_difference(left["model"], right["model"]), largest_difference(*moments))
+        losses = [
+            torch.tensor(state["history"][key], dtype=torch.float64) for state in (left, right)
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    moments = [state["optimizer"]["state"] for state in (left, right)]
+    assert moments[0].keys() == moments[1].keys()
+    for name in moments[0]:
+        # Softmax ignores what a key bias adds to all scores: its gradient is rounding and no more.
+        if not name.endswith("key.bias"):
+            m, m_expected = (state[name]["exp_avg"] for state in moments)
+            assert (m - m_expected).abs().max() <= 1e-5 * m_expected.abs().max(), name
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
