@@ -133,7 +133,7 @@ def assert_same_curve(out: Path, expected: Path) -> None:
         # Softmax ignores what a key bias adds to all scores: its gradient is rounding and no more.
         if not name.endswith("key.bias"):
             m, m_expected = (state[name]["exp_avg"] for state in moments)
-            assert (m - m_expected).abs().max() <= 1e-5 * m_expected.abs().max(), name
+            assert (m - m_expected).abs().max() <= 1e-3 * m_expected.abs().max(), name
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
