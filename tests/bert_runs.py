@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,15 +92,19 @@ def assert_same_training(left: dict, right: dict) -> None:
         assert_same(left[key], right[key], key)
 
 
-def torchrun(processes: int, script: Path, *argv: str) -> subprocess.Popen[str]:
+def torchrun(
+    processes: int, script: Path, *argv: str, options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """Starts `script` in that many processes; stdout and stderr of all come as one stream."""
+    # In a shared store, processes that are started anew find the addresses of the dead.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *argv],
+        [sys.executable, *launcher, *options, str(script), *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=env,
     )
 
 
