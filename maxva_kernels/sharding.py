@@ -403,6 +403,8 @@ def linear_index(p: Tensor) -> tuple[int, int, int]:
     if not is_dtensor(p):
         return 0, max(p.numel(), 1), p.numel()
     shape, part = tuple(p.shape), tuple(local(p).shape)
+    if 0 in part:
+        return 0, 1, math.prod(shape)
     begins = [_contiguous_range(p, dim, part[dim])[0] for dim in range(p.ndim)]
     divided = [dim for dim in range(p.ndim) if part[dim] != shape[dim]]
     leading = next((dim for dim in range(p.ndim) if shape[dim] > 1), 0)
