@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ for needed in ("transformers", "tokenizers", "tensorboard", "matplotlib", "tqdm"
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"
 SCRIPT = FOLDER / "pretrain.py"
 MODULES = ("pretrain", "settings", "corpus", "data", "model", "checkpoint", "optimizers", "report")
+RANKS = Path(__file__).with_name("bert_ranks.py")
 STEPS = 6
 
 
@@ -92,24 +94,22 @@ def assert_same_training(left: dict, right: dict) -> None:
         assert_same(left[key], right[key], key)
 
 
-def torchrun(
-    processes: int, script: Path, *argv: str, options: Sequence[str] = ()
-) -> subprocess.Popen[str]:
-    """Starts `script` in that many processes; stdout and stderr of all come as one stream."""
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Starts torchrun, or what is like it; stdout and stderr of all processes are one stream."""
     # In a shared store, processes that are started anew find the addresses of the dead.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [sys.executable, *launcher, *options, str(script), *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=env,
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
 
 
+def torchrun(processes: int, script: Path, *argv: str) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return start([sys.executable, *launcher, str(script), *argv])
+
+
 def finish(launched: subprocess.Popen[str], timeout: float) -> str:
-    """The output of `torchrun`, which ends itself and its processes when time is up."""
+    """The output of what was started; it ends itself and its processes when time is up."""
     try:
         return launched.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
@@ -117,3 +117,14 @@ def finish(launched: subprocess.Popen[str], timeout: float) -> str:
         launched.terminate()
         output = launched.communicate(timeout=60)[0]
         raise AssertionError(f"not finished after {timeout} s:\n{output}") from None
+
+
+def run_bert(processes: int, runs: list[dict], folder: Path, timeout: float) -> list[str]:
+    """What the runs printed, in their order; all of them have to end well."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    output = finish(torchrun(processes, RANKS, str(folder / "runs.json")), timeout)
+    parts = re.split(r"^run \d+ ended with (\d+)\n", output, flags=re.MULTILINE)
+    assert len(parts) == 2 * len(runs) + 1, output
+    for text, status, run in zip(parts[::2], parts[1::2], runs, strict=False):
+        assert int(status) == run.get("status", 0), text
+    return parts[:-1:2]

@@ -1,8 +1,9 @@
 """What `test_failure.py` kills: a small network trained with the example's checkpoints and groups.
 
-BERT would take ten times as long to start. The first processes also train undisturbed, for
-comparison. Files in the folder say how far they are (`events`, `process-<restart>-<rank>`) and
-let them go on (`go-<restart>`, and `finish` before the last step).
+BERT would take ten times as long to start. The agent is torchrun's; it imports torch once and
+forks. The first processes also train undisturbed, for comparison. Files in the folder say how far
+they are (`events`, `process-<restart>-<rank>`) and let them go on (`go-<restart>`, and `finish`
+before the last step).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"))
 
@@ -95,8 +97,7 @@ def train(ranks: Ranks, mode: str, out: Path, events: Path | None) -> None:
             tell(f"saved {step}")
 
 
-def main() -> None:
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+def work(folder: Path, mode: str) -> None:
     torch.set_num_threads(1)
     restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
     with Ranks() as ranks:
@@ -108,5 +109,19 @@ def main() -> None:
         ranks.wait()
 
 
+def main(folder: str, mode: str, processes: str, restarts: str) -> None:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=int(processes),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=int(restarts),
+        monitor_interval=0.02,
+        start_method="fork",
+    )
+    elastic_launch(config, work)(Path(folder), mode)
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -10,23 +10,31 @@ import os
 import random
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bert_runs import (
+    SCRIPT,
+    arguments,
     assert_same,
+    assert_same_training,
     example,
     finish,
     newest_state,
+    run_bert,
+    start,
     torchrun,
+    write_corpus,
 )
 from failure_worker import CHECKPOINT_EVERY, STEPS
 
 WORKER = Path(__file__).with_name("failure_worker.py")
-BERT_RANKS = Path(__file__).with_name("bert_ranks.py")
 TRIALS = int(os.environ.get("MAXVA_FAILURE_TRIALS", "4"))
+# One more is the pretraining example.
+KILLS = {"ddp": TRIALS // 2 - 1, "fsdp2": TRIALS - TRIALS // 2}
 PROCESSES = 2
 
 
@@ -60,7 +68,7 @@ def sound_steps(out: Path) -> list[int]:
 
 
 class Job:
-    """Training under a torchrun that starts the processes anew when one has died."""
+    """Training under an agent that starts the processes anew when one has died."""
 
     def __init__(self, folder: Path, mode: str, restarts: int) -> None:
         self.folder = folder
@@ -68,8 +76,8 @@ class Job:
         for path in (folder / "undisturbed", self.out):
             path.mkdir()
         self.restart = 0
-        options = ("--max-restarts", str(restarts), "--monitor-interval", "0.02")
-        self.launched = torchrun(PROCESSES, WORKER, str(folder), mode, options=options)
+        argv = [str(folder), mode, str(PROCESSES), str(restarts)]
+        self.launched = start([sys.executable, str(WORKER), *argv])
 
     def events(self, name: str) -> list[int]:
         """Steps of all events of this name since the processes were started."""
@@ -107,16 +115,15 @@ def damage(path: Path, dice: random.Random) -> str:
     return f"a bit of byte {place} of {path.name} flipped"
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", KILLS)
 def test_killed_processes_lose_unsaved_steps_only(
     mode: str, tmp_path: Path, dice: random.Random
 ) -> None:
     """Kills fall into steps and into saves; after every second one the newest file is damaged."""
-    trials = TRIALS // 2
-    job = Job(tmp_path, mode, restarts=trials)
+    job = Job(tmp_path, mode, restarts=KILLS[mode])
     try:
         processes = job.go()
-        for trial in range(trials):
+        for trial in range(KILLS[mode]):
             began = job.events("start")[0]
             aim = min(began + dice.randint(1, 2 * CHECKPOINT_EVERY), STEPS - 1)
             if not trial:
@@ -127,7 +134,9 @@ def test_killed_processes_lose_unsaved_steps_only(
             if in_save and aim < STEPS - CHECKPOINT_EVERY:
                 before = job.temporary()
                 wait_until(lambda b=before: job.temporary() not in (None, b), 30, "save")
-            victim, delay = dice.randrange(PROCESSES), dice.uniform(0, 0.03)
+            # Process 0 is the one that writes.
+            victim = 0 if in_save else dice.randrange(PROCESSES)
+            delay = dice.uniform(0, 0.015 if in_save else 0.03)
             time.sleep(delay)
             os.kill(processes[victim], signal.SIGKILL)
             for process in processes:
@@ -135,7 +144,7 @@ def test_killed_processes_lose_unsaved_steps_only(
             reached = max(job.events("step"))
             saved = max([began, *job.events("saved")])
             print(
-                f"trial {trial}: process {victim} killed {1e3 * delay:.0f} ms after step {aim}"
+                f"trial {trial}: process {victim} killed {1e3 * delay:.1f} ms after step {aim}"
                 f"{' and the start of a save' if in_save else ''}; it reached step {reached}, "
                 f"saved step {saved}, {'left' if job.temporary() else 'left no'} half a file"
             )
@@ -160,3 +169,39 @@ def test_killed_processes_lose_unsaved_steps_only(
     expected, state = newest_state(tmp_path / "undisturbed"), newest_state(job.out)
     assert expected["step"] == STEPS
     assert_same(expected, state)
+
+
+def test_killed_pretraining_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, dice: random.Random
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    more = ("--optimizer", "madam", "--steps", "20", "--parallel", "ddp")
+    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    launched = torchrun(PROCESSES, SCRIPT, *arguments(corpus, out, *more))
+    try:
+        wait_until(lambda: bool(example.checkpoint.checkpoints(out)), 90, "first checkpoint")
+        children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        victim, delay = dice.randrange(PROCESSES), dice.uniform(0, 0.5)
+        time.sleep(delay)
+        os.kill(int(children[victim]), signal.SIGKILL)
+        print(f"process {victim} killed {1e3 * delay:.0f} ms after the first checkpoint")
+    except BaseException:
+        launched.terminate()
+        raise
+    finally:
+        output = finish(launched, timeout=60)
+        print(output)
+    assert launched.returncode != 0
+    assert not (out / "metrics.json").exists()
+    saved = sound_steps(out)[0]
+    resumed = run_bert(
+        PROCESSES,
+        [
+            {"argv": arguments(corpus, undisturbed, *more)},
+            {"argv": ["--out", str(out), "--resume", "--parallel", "ddp"]},
+        ],
+        tmp_path,
+        timeout=90,
+    )[1]
+    assert f"at step {saved}" in resumed
+    assert_same_training(newest_state(undisturbed), newest_state(out))

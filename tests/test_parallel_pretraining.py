@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import time
@@ -21,11 +20,11 @@ from bert_runs import (
     example,
     finish,
     newest_state,
+    run_bert,
     torchrun,
     write_corpus,
 )
 
-RANKS = Path(__file__).with_name("bert_ranks.py")
 HALFWAY = 4
 OPTIMIZERS = ("adamw", "madam")
 
@@ -66,17 +65,6 @@ def alone(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_all(processes: int, runs: list[dict], folder: Path, timeout: float) -> list[str]:
-    """What the runs printed, in their order; all of them have to end well."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    output = finish(torchrun(processes, RANKS, str(folder / "runs.json")), timeout)
-    parts = re.split(r"^run \d+ ended with (\d+)\n", output, flags=re.MULTILINE)
-    assert len(parts) == 2 * len(runs) + 1, output
-    for text, status, run in zip(parts[::2], parts[1::2], runs, strict=False):
-        assert int(status) == run.get("status", 0), text
-    return parts[:-1:2]
-
-
 @pytest.fixture(scope="module")
 def pair(
     alone: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
@@ -111,7 +99,7 @@ def pair(
         runs[name] = {"argv": options(corpus, folder / f"refused-{name}", "adamw", *more)}
         runs[name]["status"] = 2
     runs["empty"]["away"], runs["other"]["away"] = str(folder / "empty"), str(folder / "other")
-    printed = run_all(2, list(runs.values()), folder, timeout=150)
+    printed = run_bert(2, list(runs.values()), folder, timeout=150)
     return SimpleNamespace(folder=folder, printed=dict(zip(runs, printed, strict=True)))
 
 
@@ -210,7 +198,7 @@ def test_four_processes(
         "ddp-resumed": resumed(tmp_path / "ddp-resumed", tmp_path / "ddp", *ddp),
         "fsdp2": resumed(tmp_path / "fsdp2", pair.folder / "fsdp2-madam", *fsdp2),
     }
-    run_all(4, list(runs.values()), tmp_path, timeout=150)
+    run_bert(4, list(runs.values()), tmp_path, timeout=150)
     assert_same_training(newest_state(tmp_path / "ddp"), newest_state(tmp_path / "ddp-resumed"))
     for name in runs:
         assert_same_curve(tmp_path / name, alone / "madam")
