@@ -6,6 +6,8 @@ traceback}; after a failure a rank runs nothing more, as the others may wait for
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import logging
 import os
@@ -36,10 +38,8 @@ def run_world(world: int, directory: Path, shared: Path) -> dict[str, list[str]]
     except subprocess.TimeoutExpired:
         errors = "timed out"
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
     reports = [
         json.loads(path.read_text()) if (path := directory / f"{rank}.json").exists() else {}
@@ -79,10 +79,9 @@ def _run_rank(rank: int, world: int, directory: Path, shared: Path) -> None:
 
 def main() -> None:
     world, directory, shared = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    # DTensor imports it when first used; before the ranks are forked it is imported once
-    import torch._dynamo
-
-    import distributed_scenarios  # noqa: F401
+    # imported once, before the ranks are forked; _dynamo is what DTensor imports when first used
+    for module in ("distributed_scenarios", "torch._dynamo"):
+        importlib.import_module(module)
 
     children = []
     for rank in range(world):

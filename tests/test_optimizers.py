@@ -152,7 +152,7 @@ def test_ends_of_the_ranges_are_accepted(cls: Any, options: dict[str, Any]) -> N
     ("name", "value"),
     [
         ("collect_stats", True), ("stochastic_rounding", True), ("rounding_seed", 1),
-        ("state_dtype", "bfloat16"), ("fp32_state_below", 0), ("norm_process_group", object()),
+        ("state_dtype", "bfloat16"), ("fp32_state_below", 0),
     ],
 )  # fmt: skip
 def test_options_to_come_are_not_ignored(cls: Any, name: str, value: Any) -> None:
