@@ -111,7 +111,7 @@ def paper() -> None:
 # The check.
 
 
-def make_optimizer(shapes: Shapes, strategy: str, mesh: DeviceMesh) -> torch.optim.Optimizer:
+def make_optimizer(shapes: Shapes, strategy: str, mesh: DeviceMesh | None) -> torch.optim.Optimizer:
     """An optimizer with gradients, its parameters placed as the strategy places them."""
     groups = make_groups(shapes)
     if strategy in ("FSDP2", "HSDP"):
