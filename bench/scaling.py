@@ -23,7 +23,6 @@ from measure import STREAM_BYTES, environment, make_groups, stream
 from shapes import MODELS, Shapes, bert, num_parameters
 from torch import multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from maxva_kernels import FusedMAdam
@@ -120,6 +119,9 @@ def make_optimizer(shapes: Shapes, strategy: str, mesh: DeviceMesh | None) -> to
             group["params"] = [sharded(p, mesh, placements) for p in group["params"]]
     if strategy != "ZeRO-1":
         return FusedMAdam(groups, max_grad_norm=1.0)
+    # Importing it warns of what torch.jit is about to lose.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     inner = partial(FusedMAdam, norm_process_group=dist.group.WORLD)
     return ZeroRedundancyOptimizer(groups, optimizer_class=inner, max_grad_norm=1.0)
 
@@ -132,7 +134,7 @@ def sharded(p: torch.nn.Parameter, mesh: DeviceMesh, placements: list) -> torch.
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of this rank's states, step counters aside."""
-    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    inner = getattr(optimizer, "optim", optimizer)  # that of a ZeroRedundancyOptimizer
     tensors = [t for state in inner.state.values() for t in state.values() if t.dim()]
     return sum(
         (t.to_local() if isinstance(t, DTensor) else t).untyped_storage().nbytes() for t in tensors
