@@ -201,7 +201,7 @@ def test_killed_pretraining_goes_on_from_its_last_checkpoint(
             {"argv": ["--out", str(out), "--resume", "--parallel", "ddp"]},
         ],
         tmp_path,
-        timeout=90,
+        timeout=300,
     )[1]
     assert f"at step {saved}" in resumed
     assert_same_training(newest_state(undisturbed), newest_state(out))

@@ -99,7 +99,7 @@ def pair(
         runs[name] = {"argv": options(corpus, folder / f"refused-{name}", "adamw", *more)}
         runs[name]["status"] = 2
     runs["empty"]["away"], runs["other"]["away"] = str(folder / "empty"), str(folder / "other")
-    printed = run_bert(2, list(runs.values()), folder, timeout=150)
+    printed = run_bert(2, list(runs.values()), folder, timeout=300)
     return SimpleNamespace(folder=folder, printed=dict(zip(runs, printed, strict=True)))
 
 
@@ -198,7 +198,7 @@ def test_four_processes(
         "ddp-resumed": resumed(tmp_path / "ddp-resumed", tmp_path / "ddp", *ddp),
         "fsdp2": resumed(tmp_path / "fsdp2", pair.folder / "fsdp2-madam", *fsdp2),
     }
-    run_bert(4, list(runs.values()), tmp_path, timeout=150)
+    run_bert(4, list(runs.values()), tmp_path, timeout=300)
     assert_same_training(newest_state(tmp_path / "ddp"), newest_state(tmp_path / "ddp-resumed"))
     for name in runs:
         assert_same_curve(tmp_path / name, alone / "madam")
