@@ -4,11 +4,13 @@
 #   VENV=.venv          where it lies; VENV=none uses PYTHON's own packages and downloads nothing
 #   TORCH='"torch==2.13.0" --index-url URL'   which torch to install, and from where
 #   ARGS="..."          passed on to the program behind the target
+#   PROCS=2             processes of `make pretrain`, with ARGS="--parallel ddp" or fsdp2
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= "torch>=2.11,<2.14"
 ARGS ?=
+PROCS ?=
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -22,11 +24,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test test-external pretrain bench wheel gpu lint clean
+.PHONY: help test test-external test-failure pretrain bench wheel gpu lint clean
 
 help:
-	@sed -n 's/^# \?//p' Makefile | sed -n '1,6p'
-	@echo "Targets: test, test-external, pretrain, bench, wheel, gpu, lint, clean"
+	@sed -n 's/^# \?//p' Makefile | sed -n '1,7p'
+	@echo "Targets: test, test-external, test-failure, pretrain, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -57,8 +59,12 @@ test-external: $(STAMPS)/extension
 	  { echo "name a checkout: make test-external PYTORCH_SOURCE=... APEX_SOURCE=..."; exit 1; }
 	$(PY) -m pytest -rs $(EXTERNAL) $(ARGS)
 
+# processes killed at random moments, more often than `make test` does it
+test-failure: $(STAMPS)/extension
+	MAXVA_FAILURE_TRIALS=20 $(PY) -m pytest tests/test_failure.py $(ARGS)
+
 pretrain: $(STAMPS)/extension
-	$(PY) examples/bert_pretraining/pretrain.py $(ARGS)
+	$(PY) $(if $(PROCS),-m torch.distributed.run --standalone --nproc-per-node $(PROCS)) examples/bert_pretraining/pretrain.py $(ARGS)
 
 bench: $(STAMPS)/extension
 	$(PY) -m pytest bench --results bench/results/latest \

@@ -6,6 +6,7 @@ import pytest
 import torch
 from foreach_maxva import ForeachMAdam
 from measure import Rounds, Timing, copied, make_groups, parameters
+from scaling import STATE_BYTES, largest_share, make_optimizer, state_bytes
 from shapes import MODELS, num_parameters
 from step_report import plot, table
 
@@ -93,3 +94,26 @@ def test_table_and_plot(tmp_path):
     assert text.startswith("device a processor, torch 2.x")
     plot([row], about, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "shards", "share"),
+    [
+        ("DDP", 4, 1, 19),
+        ("FSDP2", 2, 1, 3 * 3 + 2),
+        ("FSDP2", 4, 1, 2 * 3 + 1),
+        ("FSDP2", 10_000, 1, 3 + 1),
+        ("HSDP", 4, 2, 3 * 3 + 2),
+        ("ZeRO-1", 2, 1, 15),
+        ("ZeRO-1", 10_000, 1, 15),
+    ],
+)
+def test_the_fullest_ranks_share(strategy, ranks, shards, share):
+    """Rows are never divided by fully_shard, parameters never by ZeRO-1."""
+    assert largest_share([((5, 3), True), ((4,), False)], strategy, ranks, shards) == share
+
+
+def test_states_take_what_the_model_says():
+    optimizer = make_optimizer([((5, 3), True), ((4,), False)], "DDP", mesh=None)
+    optimizer.step()
+    assert state_bytes(optimizer) == STATE_BYTES * 19

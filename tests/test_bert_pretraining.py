@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import json
 import os
 import signal
@@ -17,35 +15,16 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bert_runs import (
+    SCRIPT,
+    STEPS,
+    arguments,
+    assert_same_training,
+    example,
+    newest_state,
+    write_corpus,
+)
 from torch import nn
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("tensorboard")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"
-SCRIPT = FOLDER / "pretrain.py"
-MODULES = ("pretrain", "settings", "corpus", "data", "model", "checkpoint", "optimizers", "report")
-STEPS = 6
-
-
-def _import_example() -> SimpleNamespace:
-    # The modules have everyday names: none may stay behind for the tests of another example.
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).parent == FOLDER:
-                del sys.modules[name]
-
-
-example = _import_example()
 
 
 @pytest.fixture(autouse=True)
@@ -57,53 +36,7 @@ def keep_thread_count() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 documents of eight sentences over a small vocabulary, every sentence unique."""
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(60)]
-    numbers = itertools.count()
-    documents = [
-        "\n".join(f"Line {next(numbers)} {' '.join(rng.choice(words, 6))}." for _ in range(8))
-        for _ in range(120)
-    ]
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("\n\n".join(documents), encoding="utf-8")
-    return path
-
-
-def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
-    small = (
-        f"--optimizer adamw --steps {STEPS} --batch-size 8 --micro-batch-size 4 "
-        "--sequence-length 32 --vocab-size 256 --eval-examples 8 --eval-every 3 "
-        "--checkpoint-every 2 --threads 1 --device cpu"
-    )
-    return ["--corpus", str(corpus), "--out", str(out), *small.split(), *more]
-
-
-def newest_state(out: Path) -> dict:
-    return torch.load(example.checkpoint.checkpoints(out)[0], weights_only=True)
-
-
-def assert_same(left: object, right: object, where: str = "state") -> None:
-    """Recursive equality, tensors bit by bit."""
-    assert type(left) is type(right), where
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype, where
-        assert torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
-    else:
-        assert left == right, where
-
-
-def assert_same_training(left: dict, right: dict) -> None:
-    for key in ("step", "model", "optimizer", "scheduler", "cpu_rng", "history"):
-        assert_same(left[key], right[key], key)
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(scope="module")

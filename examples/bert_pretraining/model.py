@@ -65,6 +65,20 @@ def pretraining_losses(
     return mlm, nsp, (pair_logits.argmax(-1) == answers).sum()
 
 
+class PretrainingLosses(nn.Module):
+    """`pretraining_losses` as a forward pass, which is where DDP and FSDP2 hook in."""
+
+    def __init__(self, model: BertForPreTraining) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `pretraining_losses`."""
+        return pretraining_losses(self.model, batch)
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: weights with decay; biases and LayerNorm without."""
     undecayed = {

@@ -1,6 +1,7 @@
 """Pretrains BERT with MAdam, LaMAdam or AdamW; the command line and the training loop.
 
 python examples/bert_pretraining/pretrain.py --help
+torchrun --nproc-per-node 2 examples/bert_pretraining/pretrain.py --parallel ddp
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from types import FrameType
 from typing import Any
 
 import checkpoint
+import numpy as np
 import report
 import torch
 from corpus import load_corpus, train_tokenizer
 from data import IGNORED_LABEL, PretrainingExamples, tokenize
 from errors import UserError
-from model import SHAPES, decay_groups, pretraining_losses
+from model import SHAPES, PretrainingLosses, decay_groups
 from optimizers import build_optimizer, warmup_polynomial
+from parallel import Ranks, exchanging_gradients, full_state, load_full_state, wrap
+from progress import Progress
 from settings import parse_settings, resumed_settings, saved_settings, validate
 from tokenizers import Tokenizer
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import BertForPreTraining
 
 # Held-out pairs and masks do not depend on --seed, so that runs compare.
 EVAL_SEED = 0
 PLOT, METRICS, TOKENIZER, TENSORBOARD = "loss.png", "metrics.json", "tokenizer.json", "tensorboard"
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+# The parts of a checkpoint that process 0 alone holds whole.
+_TENSORS = ("model", "optimizer")
 
 
 class StopFlag:
@@ -59,23 +63,41 @@ class StopFlag:
 class Run:
     """Everything that a training run consists of and that a checkpoint restores."""
 
-    def __init__(self, settings: dict[str, Any], state: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        settings: dict[str, Any],
+        state: dict[str, Any] | None,
+        tensors: dict[str, Any],
+    ) -> None:
         """Builds the run.
 
         Args:
-            settings: All settings.
-            state: Checkpoint to go on from, or None.
+            ranks: The processes; all of them build it.
+            settings: All settings, the same in all processes.
+            state: Checkpoint to go on from, less its tensors, or None.
+            tensors: Its tensors in process 0, empty elsewhere.
         """
+        self.ranks = ranks
         self.settings = settings
         self.out: Path = settings["out"]
-        self.device = _device(settings["device"])
+        with ranks.together():
+            self.device = _device(settings["device"], ranks.local)
+            self._load_data(state)
+        ranks.require_same(
+            self.fingerprint, "--corpus: not all processes read the same text from it."
+        )
         torch.manual_seed(settings["seed"])
-
-        self._load_data(state)
         config = SHAPES[settings["config"]].config(settings["vocab_size"])
-        self.model = BertForPreTraining(config).to(self.device).train()
-        groups = decay_groups(self.model, settings["weight_decay"])
-        self.optimizer, self.clip_and_step = build_optimizer(groups, settings)
+        self.model = BertForPreTraining(config).to(self.device)
+        blocks = list(self.model.bert.encoder.layer)
+        self.losses = wrap(
+            PretrainingLosses(self.model).train(), blocks, settings["parallel"], self.device
+        )
+        self._settle()
+        with ranks.together():
+            groups = decay_groups(self.model, settings["weight_decay"])
+            self.optimizer, self.clip_and_step = build_optimizer(groups, settings)
         self.scheduler = warmup_polynomial(
             self.optimizer, settings["steps"], settings["warmup"], settings["decay_power"]
         )
@@ -84,7 +106,7 @@ class Run:
         self.held_out_nsp_accuracy = float("nan")
         self.seconds = {"train": 0.0, "optimizer": 0.0}
         if state:
-            self._restore(state)
+            self._restore(state, tensors)
 
     def _load_data(self, state: dict[str, Any] | None) -> None:
         settings = self.settings
@@ -108,7 +130,7 @@ class Run:
         count = min(settings["eval_examples"], len(held_out_examples))
         self.held_out = held_out_examples.batch(0, count)
         self.unigram_mlm = self._unigram_loss(stores[0].tokens)
-        print(
+        self.ranks.say(
             f"corpus: {len(train)} training and {len(held_out)} held-out documents, "
             f"{len(stores[0].tokens):,} and {len(stores[1].tokens):,} tokens, "
             f"{known} word pieces; {len(self.examples)} examples an epoch"
@@ -121,18 +143,40 @@ class Run:
         labels = self.held_out["labels"]
         return -(counts / counts.sum()).log()[labels[labels != IGNORED_LABEL]].mean().item()
 
+    def _settle(self) -> None:
+        """Makes the first step sum gradients in the order of all the others.
+
+        DDP lays out its buckets anew after the first backward pass, and a resumed run would do so
+        at another step than an undisturbed one.
+        """
+        mlm, nsp, _ = self.losses(self._on_device(self.examples.batch(0, 1)))
+        (mlm + nsp).backward()
+        self.losses.zero_grad()
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What the last bits depend on besides the settings that a run keeps."""
+        return {
+            "device": self.device.type,
+            "threads": self.settings["threads"],
+            "parallel": self.settings["parallel"],
+            "processes": self.ranks.size,
+        }
+
     def state(self) -> dict[str, Any]:
-        """All that `_restore` needs: tensors and plain Python values."""
+        """All that `_restore` needs: tensors and plain Python values.
+
+        All processes call it; the one of process 0 is the checkpoint.
+        """
+        model, optimizer = full_state(self.model, self.optimizer)
         return {
             "format": STATE_FORMAT,
             "settings": saved_settings(self.settings),
-            "device": self.device.type,
+            "made_with": self.made_with,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": [torch.cuda.get_rng_state()] if self.device.type == "cuda" else [],
             "tokenizer": self.tokenizer.to_str(),
             "fingerprint": self.fingerprint,
             "history": self.history,
@@ -140,26 +184,42 @@ class Run:
             "seconds": self.seconds,
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+        load_full_state(self.model, self.optimizer, *(tensors[name] for name in _TENSORS))
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
         self.history = state["history"]
         self.held_out_nsp_accuracy = state["held_out_nsp_accuracy"]
         self.seconds = state["seconds"]
-        torch.set_rng_state(state["cpu_rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"][0])
+        made_with = state["made_with"]
+        if made_with != self.made_with:
+            then, now = (_listed(values) for values in (made_with, self.made_with))
+            self.ranks.say(
+                f"note: the checkpoint was made with {then}, not with {now}; the last bits will "
+                "differ",
+                file=sys.stderr,
+            )
 
     def save(self) -> Path:
-        """Writes a checkpoint."""
-        return checkpoint.save(self.out, self.step, self.state())
+        """Writes a checkpoint; all processes call it."""
+        state = self.state()
+        return self.ranks.from_first(lambda: checkpoint.save(self.out, self.step, state))
 
     def _micro_batches(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         pieces = {k: t.split(self.settings["micro_batch_size"]) for k, t in batch.items()}
         count = len(pieces["labels"])
-        return [{k: p[i].to(self.device) for k, p in pieces.items()} for i in range(count)]
+        return [self._on_device({k: p[i] for k, p in pieces.items()}) for i in range(count)]
+
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _seed_dropout(self, first: int) -> None:
+        """Makes dropout a function of --seed and the number of a micro-batch's first example.
+
+        So it depends neither on how many processes there are nor on where a run was resumed.
+        """
+        seeds = np.random.SeedSequence([self.settings["seed"], first])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
 
     def train_step(self) -> tuple[float, float, float, float]:
         """One optimizer step over a batch, by accumulation.
@@ -168,15 +228,21 @@ class Run:
             Loss (MLM + NSP), MLM loss, seconds of the step, seconds of the optimizer in it.
         """
         start = self._clock()
-        size = self.settings["batch_size"]
-        batch = self.examples.batch(self.step * size, size)
-        masked = int((batch["labels"] != IGNORED_LABEL).sum())
+        size, micro_size = self.settings["batch_size"], self.settings["micro_batch_size"]
+        share = size // self.ranks.size
+        first = self.step * size + self.ranks.rank * share
+        batch = self.examples.batch(first, share)
+        (masked,) = self.ranks.sums((batch["labels"] != IGNORED_LABEL).sum())
         mlm_total = torch.zeros((), device=self.device)
         nsp_total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        for micro_batch in self._micro_batches(batch):
-            mlm, nsp, _ = pretraining_losses(self.model, micro_batch)
-            (mlm / masked + nsp / size).backward()
+        micro_batches = self._micro_batches(batch)
+        for index, micro_batch in enumerate(micro_batches):
+            self._seed_dropout(first + index * micro_size)
+            with exchanging_gradients(self.losses, index == len(micro_batches) - 1):
+                mlm, nsp, _ = self.losses(micro_batch)
+                # Gradients are averaged over the processes, but the loss is a sum over them.
+                ((mlm / masked + nsp / size) * self.ranks.size).backward()
             mlm_total += mlm.detach() / masked
             nsp_total += nsp.detach() / size
         before = self._clock()
@@ -184,18 +250,24 @@ class Run:
         end = self._clock()
         self.scheduler.step()
         self.step += 1
-        return (mlm_total + nsp_total).item(), mlm_total.item(), end - start, end - before
+        loss, mlm_loss = self.ranks.sums((mlm_total + nsp_total).item(), mlm_total.item())
+        return loss, mlm_loss, end - start, end - before
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Held-out MLM loss per masked token and share of correct next-sentence answers."""
-        self.model.eval()
-        mlm_sum, correct = 0.0, 0
-        for micro_batch in self._micro_batches(self.held_out):
-            mlm, _, right = pretraining_losses(self.model, micro_batch)
-            mlm_sum += mlm.item()
-            correct += int(right)
-        self.model.train()
+        self.losses.eval()
+        mlm_sum, correct = 0.0, 0.0
+        micro_batches = self._micro_batches(self.held_out)
+        for start in range(0, len(micro_batches), self.ranks.size):
+            index = start + self.ranks.rank
+            # fsdp2 needs every process in every forward pass, even one that has nothing left.
+            mlm, _, right = self.losses(micro_batches[min(index, len(micro_batches) - 1)])
+            if index < len(micro_batches):
+                mlm_sum += mlm.item()
+                correct += right.item()
+        self.losses.train()
+        mlm_sum, correct = self.ranks.sums(mlm_sum, correct)
         masked = int((self.held_out["labels"] != IGNORED_LABEL).sum())
         return mlm_sum / masked, correct / len(self.held_out["labels"])
 
@@ -223,7 +295,7 @@ class Run:
             "optimizer_ms": 1e3 * self.seconds["optimizer"] / self.step,
             "optimizer_share": self.seconds["optimizer"] / self.seconds["train"],
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "device": self.device.type,
+            **self.made_with,
             "torch": torch.__version__,
             "plot": str(self.out / PLOT),
             "metrics": str(self.out / METRICS),
@@ -233,7 +305,11 @@ class Run:
         }
 
 
-def _device(name: str) -> torch.device:
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _device(name: str, number: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: cuda was asked for, but torch sees no CUDA device.")
     if name == "auto":
@@ -242,33 +318,32 @@ def _device(name: str) -> torch.device:
         # Without both, two runs on a GPU differ in the last bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"--device: a machine with {torch.cuda.device_count()} CUDA devices cannot take "
+                f"{number + 1} processes; give torchrun a lower --nproc-per-node."
+            )
+        torch.cuda.set_device(number)
     return torch.device(name)
 
 
-def train(run: Run) -> signal.Signals | None:
-    """Trains to the last step, or to the step in which SIGTERM or SIGINT comes.
+def train(run: Run, stop: StopFlag) -> signal.Signals | None:
+    """Trains to the last step, or to the end of the step in which a process gets a signal.
 
     Returns:
         The signal that stopped the run, or None when it is finished.
     """
     settings, steps = run.settings, run.settings["steps"]
-    # Entries after the checkpoint belong to steps that are about to be repeated.
-    purge = run.step + 1 if run.step else None
-    log = SummaryWriter(str(run.out / TENSORBOARD), purge_step=purge)
-    quiet = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=quiet, dynamic_ncols=True)
 
     def evaluate() -> None:
         mlm, run.held_out_nsp_accuracy = run.evaluate()
         run.history["held_out"].append([run.step, mlm])
-        log.add_scalar("loss/held_out_mlm", mlm, run.step)
-        log.add_scalar("accuracy/held_out_nsp", run.held_out_nsp_accuracy, run.step)
-        bar.write(f"step {run.step:>6}: held-out MLM loss {mlm:.4f}", file=sys.stdout)
+        progress.evaluated(run.step, mlm, run.held_out_nsp_accuracy)
 
-    with StopFlag() as stop, log, bar:
+    with Progress(run.out / TENSORBOARD, run.step, steps, run.ranks.first) as progress:
         if not run.history["held_out"]:
             evaluate()
-        while run.step < steps and not stop.signal:
+        while run.step < steps:
             lr = run.scheduler.get_last_lr()[0]
             loss, mlm, seconds, optimizer_seconds = run.train_step()
             if not loss < float("inf"):
@@ -279,29 +354,39 @@ def train(run: Run) -> signal.Signals | None:
             run.seconds["optimizer"] += optimizer_seconds
             run.history["train"].append([loss, mlm])
             speed = settings["batch_size"] / seconds
-            scalars = {
-                "loss/train": loss,
-                "loss/train_mlm": mlm,
-                "lr": lr,
-                "speed/sequences_per_second": speed,
-                "speed/optimizer_ms": 1e3 * optimizer_seconds,
-            }
-            for name, value in scalars.items():
-                log.add_scalar(name, value, run.step)
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, lr {lr:.2e}, {speed:.0f} seq/s, "
-                f"optimizer {1e3 * optimizer_seconds:.1f} ms",
-                refresh=False,
-            )
-            bar.update()
+            progress.stepped(run.step, loss, mlm, lr, speed, 1e3 * optimizer_seconds)
             if run.step % settings["eval_every"] == 0 or run.step == steps:
                 evaluate()
-            if run.step % settings["checkpoint_every"] == 0 and run.step < steps:
+            stopped_by = run.ranks.maximum(stop.signal or 0)
+            if run.step < steps and stopped_by:
+                return signal.Signals(stopped_by)
+            if run.step < steps and run.step % settings["checkpoint_every"] == 0:
                 run.save()
-        return stop.signal if run.step < steps else None
+    return None
 
 
-def _prepare(argv: Sequence[str] | None) -> Run:
+def _prepare(ranks: Ranks, argv: Sequence[str] | None) -> Run:
+    tensors: dict[str, Any] = {name: {} for name in _TENSORS}
+
+    def read() -> tuple[dict[str, Any], dict[str, Any] | None]:
+        settings, state = _settings_and_state(ranks, argv)
+        if state:
+            tensors.update((name, state.pop(name)) for name in _TENSORS)
+        return settings, state
+
+    settings, state = ranks.from_first(read)
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    settings["threads"] = torch.get_num_threads()
+    run = Run(ranks, settings, state, tensors)
+    if not state:
+        ranks.from_first(lambda: _make_folder(run))
+    return run
+
+
+def _settings_and_state(
+    ranks: Ranks, argv: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     settings, explicit = parse_settings(argv)
     out: Path = settings["out"]
     if out.exists() and not out.is_dir():
@@ -320,25 +405,15 @@ def _prepare(argv: Sequence[str] | None) -> Run:
             f"--out: {out} is not empty; give --resume to go on with the run in it, --overwrite "
             "to delete that run, or another folder."
         )
-    validate(settings)
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
-    settings["threads"] = torch.get_num_threads()
-    run = Run(settings, state)
-    if state:
-        saved = state["settings"]["threads"], state["device"]
-        if saved != (settings["threads"], run.device.type):
-            print(
-                f"note: the checkpoint was made on {saved[1]} with {saved[0]} threads, not on "
-                f"{run.device.type} with {settings['threads']}; the last bits will differ",
-                file=sys.stderr,
-            )
-    else:
-        if settings["overwrite"]:
-            _delete_run(out)
-        out.mkdir(parents=True, exist_ok=True)
-        run.tokenizer.save(str(out / TOKENIZER))
-    return run
+    validate(settings, ranks.size, ranks.launched)
+    return settings, state
+
+
+def _make_folder(run: Run) -> None:
+    if run.settings["overwrite"]:
+        _delete_run(run.out)
+    run.out.mkdir(parents=True, exist_ok=True)
+    run.tokenizer.save(str(run.out / TOKENIZER))
 
 
 def _delete_run(out: Path) -> None:
@@ -349,33 +424,51 @@ def _delete_run(out: Path) -> None:
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
+def _report(run: Run, saved: Path, stopped_by: signal.Signals | None) -> None:
+    if stopped_by:
+        mode, size = run.settings["parallel"], run.ranks.size
+        launch = f"torchrun --nproc-per-node {size}" if run.ranks.launched else "python"
+        option = f" --parallel {mode}" if run.ranks.launched else ""
+        print(
+            f"stopped by {stopped_by.name} after step {run.step}, checkpoint written: {saved}\n"
+            f"go on with: {launch} {sys.argv[0]}{option} --out {run.out} --resume"
+        )
+        return
+    metrics = run.metrics(saved)
+    title = f"BERT {run.settings['config']}, {run.settings['optimizer']}"
+    report.plot_losses(run.out / PLOT, run.history, run.unigram_mlm, title)
+    report.write_metrics(run.out / METRICS, metrics)
+    print(report.summary(metrics))
+
+
+def _run(ranks: Ranks, argv: Sequence[str] | None) -> int:
+    try:
+        run = _prepare(ranks, argv)
+        # A signal that comes to one process late must not end it while the others wait for it.
+        with StopFlag() as stop:
+            stopped_by = train(run, stop)
+            saved = run.save()
+        ranks.from_first(lambda: _report(run, saved, stopped_by))
+    except UserError as error:
+        ranks.say(f"error: {error}", file=sys.stderr)
+        return 2
+    return 128 + stopped_by if stopped_by else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
-        run = _prepare(argv)
-        stopped_by = train(run)
-        saved = run.save()
-        if stopped_by:
-            print(
-                f"stopped by {stopped_by.name} after step {run.step}, checkpoint written: {saved}\n"
-                f"go on with: python {sys.argv[0]} --out {run.out} --resume"
-            )
-            return 128 + stopped_by
-        metrics = run.metrics(saved)
-        title = f"BERT {run.settings['config']}, {run.settings['optimizer']}"
-        report.plot_losses(run.out / PLOT, run.history, run.unigram_mlm, title)
-        report.write_metrics(run.out / METRICS, metrics)
-        print(report.summary(metrics))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with Ranks() as ranks:
+            status = _run(ranks, argv)
+            # torchrun ends the other processes as soon as one has failed.
+            ranks.wait()
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written after the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from typing import Any
 from errors import UserError
 from model import SHAPES
 from optimizers import OPTIMIZERS
+from parallel import MODES
 
 RUNS = Path("runs")
 # Change where a run goes or how often it reports, not what it computes.
 _FREE = {"out", "resume", "overwrite", "checkpoint_every", "eval_every", "device", "threads"}
 # Belong to one call, not to the run.
-_NOT_SAVED = {"out", "resume", "overwrite", "device"}
+_NOT_SAVED = {"out", "resume", "overwrite", "device", "parallel"}
 
 
 def parse_settings(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,11 +47,27 @@ def _default_out(again: bool) -> Path:
     return RUNS / f"bert-{max(newest, 1) if again else newest + 1}"
 
 
-def validate(settings: dict[str, Any]) -> None:
-    """Checks what concerns several settings at once."""
+def validate(settings: dict[str, Any], processes: int, launched: bool) -> None:
+    """Checks what concerns several settings at once, or settings and the processes.
+
+    Args:
+        settings: All settings.
+        processes: Number of processes.
+        launched: Whether torchrun started them.
+    """
+    mode = settings["parallel"]
+    if launched and mode == "none":
+        raise UserError("--parallel: torchrun started this; say ddp or fsdp2.")
+    if mode != "none" and not launched:
+        raise UserError(
+            f"--parallel: {mode} needs the processes of torchrun --nproc-per-node N pretrain.py ..."
+        )
     batch, micro = settings["batch_size"], settings["micro_batch_size"]
-    if batch % micro:
-        raise UserError(f"--batch-size: {batch} is not a multiple of --micro-batch-size {micro}.")
+    if batch % (micro * processes):
+        times = f" times {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"--batch-size: {batch} is not a multiple of --micro-batch-size {micro}{times}."
+        )
     positions = SHAPES[settings["config"]].positions
     if not 8 <= settings["sequence_length"] <= positions:
         raise UserError(
@@ -139,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--config", choices=SHAPES, default="tiny", help="model shape")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="madam", help="optimizer")
     group.add_argument("--steps", type=count, default=500, help="optimizer steps")
-    group.add_argument("--batch-size", type=count, default=128, help="examples per step")
+    group.add_argument(
+        "--batch-size", type=count, default=128, help="examples per step, of all processes"
+    )
     group.add_argument(
         "--micro-batch-size", type=count, default=32, help="examples per forward and backward"
     )
@@ -193,6 +212,12 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--eval-every", type=count, default=50, help="steps in between")
     group.add_argument(
         "--eval-examples", type=count, default=512, help="most held-out examples to evaluate"
+    )
+    group.add_argument(
+        "--parallel",
+        choices=MODES,
+        default="none",
+        help="how the processes that torchrun started train together",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
     group.add_argument(
