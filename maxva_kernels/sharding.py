@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -430,35 +430,55 @@ def linear_index(p: Tensor) -> tuple[int, int, int]:
     """
     if not is_dtensor(p):
         return 0, max(p.numel(), 1), p.numel()
-    shape, part = tuple(p.shape), tuple(local(p).shape)
+    division: Any = p
+    return _linear_index(
+        _Division(division.device_mesh, division.placements, tuple(p.shape)), tuple(local(p).shape)
+    )
+
+
+class _Division(NamedTuple):
+    """Of a DTensor, all that says which of its elements a rank holds."""
+
+    device_mesh: Any
+    placements: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=65536)  # asked for in every step
+def _linear_index(division: _Division, part: tuple[int, ...]) -> tuple[int, int, int]:
+    shape = division.shape
     if 0 in part:
         return 0, 1, math.prod(shape)
-    begins = [_contiguous_range(p, dim, part[dim])[0] for dim in range(p.ndim)]
-    divided = [dim for dim in range(p.ndim) if part[dim] != shape[dim]]
-    leading = next((dim for dim in range(p.ndim) if shape[dim] > 1), 0)
+    dims = range(len(shape))
+    begins = [_contiguous_range(division, dim, part[dim])[0] for dim in dims]
+    divided = [dim for dim in dims if part[dim] != shape[dim]]
+    leading = next((dim for dim in dims if shape[dim] > 1), 0)
     inner = divided[-1] if divided else 0
     if any(dim not in (leading, inner) for dim in divided):
-        _refuse_index(p, f"is sharded in dimensions {divided}")
+        _refuse_index(division, f"is sharded in dimensions {divided}")
     offset = sum(begin * math.prod(shape[dim + 1 :]) for dim, begin in enumerate(begins))
     return offset, max(math.prod(part[inner:]), 1), math.prod(shape[inner:])
 
 
-def _contiguous_range(p: Any, dim: int, size: int) -> tuple[int, int]:
+def _contiguous_range(division: _Division, dim: int, size: int) -> tuple[int, int]:
     """[begin, end) of a DTensor's dimension that this rank holds; `size` is what it has there."""
-    coordinate = p.device_mesh.get_coordinate()
-    ranges = [(0, p.shape[dim])]
-    for mesh_dim, placement in enumerate(p.placements):
+    mesh = division.device_mesh
+    coordinate = mesh.get_coordinate()
+    ranges = [(0, division.shape[dim])]
+    for mesh_dim, placement in enumerate(division.placements):
         if placement.is_replicate() or placement.dim != dim or coordinate is None:
             continue
         split = getattr(placement, "split_factor", 1)  # _StridedShard: a later dimension cut first
         pieces = [_chunk(ranges, split, k) for k in range(split)]
-        rank, ranks = coordinate[mesh_dim], p.device_mesh.size(mesh_dim)
+        rank, ranks = coordinate[mesh_dim], mesh.size(mesh_dim)
         ranges = [found for piece in pieces for found in _chunk(piece, ranks, rank)]
     ranges = [(begin, end) for begin, end in ranges if begin < end]
     if sum(end - begin for begin, end in ranges) != size:
-        _refuse_index(p, f"has {size} of dimension {dim} here, which its placement does not tell")
+        _refuse_index(
+            division, f"has {size} of dimension {dim} here, which its placement does not tell"
+        )
     if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
-        _refuse_index(p, f"has the pieces {ranges} of dimension {dim} here")
+        _refuse_index(division, f"has the pieces {ranges} of dimension {dim} here")
     return (ranges[0][0], ranges[-1][1]) if ranges else (0, 0)
 
 
@@ -474,8 +494,9 @@ def _chunk(ranges: Sequence[tuple[int, int]], chunks: int, k: int) -> list[tuple
     return [(begin, end) for begin, end in found if begin < end]
 
 
-def _refuse_index(p: Any, reason: str) -> NoReturn:
+def _refuse_index(division: _Division, reason: str) -> NoReturn:
     raise NotImplementedError(
-        f"a parameter of shape {tuple(p.shape)}, {_placement(p)}, {reason}; its elements cannot "
-        f"be numbered independently of the sharding"
+        f"a parameter of shape {division.shape}, a DTensor of placement {division.placements} on "
+        f"{division.device_mesh}, {reason}; its elements cannot be numbered independently of the "
+        f"sharding"
     )

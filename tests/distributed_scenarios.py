@@ -468,6 +468,44 @@ def an_index_does_not_depend_on_the_sharding(directory: Path) -> None:
     assert linear_index(torch.zeros(3, 4)) == (0, 12, 12)
 
 
+@scenario(2, 4)
+def stochastic_rounding_is_that_of_the_whole(directory: Path) -> None:
+    for kind in kinds():
+        for cls in (FusedMAdam, MAdam):
+            options = {"stochastic_rounding": True, "rounding_seed": 2**50, "weight_decay": 0.1}
+            twins = Twins(kind, cls, torch.bfloat16, **options)
+            for t in range(3):
+                twins.step(t)
+            twins.check(tolerance=0)
+
+
+@scenario(2, 4)
+def statistics_are_of_all_ranks(directory: Path) -> None:
+    for kind in kinds():
+        for options in OPTIONS.values():
+            twins = Twins(kind, collect_stats=True, **options)
+            for t in range(3):
+                twins.step(t)
+                for found, expected in zip(twins.opt.stats(), twins.truth.stats(), strict=True):
+                    assert found == pytest.approx(expected, rel=1e-9), kind
+    parts = [Parameter(torch.linspace(-1, 1, 5 + r, dtype=torch.float64)) for r in range(world())]
+    options = {"collect_stats": True, "skip_nonfinite": True}
+    truth = FusedMAdam(parts, **options)
+    own = Parameter(parts[rank()].detach().clone())
+    opt = FusedMAdam([own], norm_process_group=dist.group.WORLD, **options)
+    for t in range(3):
+        for r, p in enumerate(parts):
+            p.grad = torch.cos(p.detach() * (1 + r + t))
+            if t == 1 and r == 0:
+                p.grad[2] = torch.nan
+        own.grad = parts[rank()].grad.clone()
+        truth.step()
+        opt.step()
+    (found,), (expected,) = opt.stats(), truth.stats()
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found["skipped_steps"] == 1
+
+
 # --- norm_process_group --------------------------------------------------------------------------
 
 
