@@ -13,6 +13,10 @@ from pathlib import Path
 from torch.testing._internal import common_optimizers
 from torch_infos import FUSED, REFERENCE
 
+import maxva_kernels
+
+# without a kernel fused=True would be the reference, compared with itself
+assert maxva_kernels.backends()["cpu"] == "available", maxva_kernels.backends()["cpu"]
 sys.path.insert(0, str(Path(os.environ["PYTORCH_SOURCE"], "test")))
 common_optimizers.optim_db[:] = FUSED + REFERENCE  # before the import, which reads it
 
