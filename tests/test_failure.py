@@ -163,7 +163,7 @@ def test_killed_processes_lose_unsaved_steps_only(
         job.launched.terminate()
         raise
     finally:
-        output = finish(job.launched, timeout=60)
+        output = finish(job.launched, timeout=120)
         print(output)
     assert job.launched.returncode == 0
     expected, state = newest_state(tmp_path / "undisturbed"), newest_state(job.out)
@@ -189,7 +189,7 @@ def test_killed_pretraining_goes_on_from_its_last_checkpoint(
         launched.terminate()
         raise
     finally:
-        output = finish(launched, timeout=60)
+        output = finish(launched, timeout=120)
         print(output)
     assert launched.returncode != 0
     assert not (out / "metrics.json").exists()

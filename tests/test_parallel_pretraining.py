@@ -215,7 +215,7 @@ def test_sigterm_to_torchrun_then_resume_is_bit_exact(
     while not example.checkpoint.checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.005)
     launched.send_signal(signal.SIGTERM)
-    output = finish(launched, timeout=60)
+    output = finish(launched, timeout=120)
     assert launched.returncode != 0
     assert output.count("stopped by SIGTERM after step") == 1
     assert "go on with: torchrun --nproc-per-node 2" in output
