@@ -30,7 +30,8 @@ class Batch:
     empty. Consecutive parameters belong to one group: `group_sizes` says how many, `hyper` holds
     lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None.
     `group_step` holds the int32 counters on the device that this call counts up. `trust_ratio` is
-    the same for all groups of a batch: it takes two phases.
+    the same for all groups of a batch: it takes two phases. `rows`, no backend's business, tells of
+    parameters divided over ranks their row in the table of norms (sharding.py).
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Batch:
     group_sizes: list[int] = field(default_factory=list)
     hyper: list[float] = field(default_factory=list)
     lr: list[Tensor | None] = field(default_factory=list)
+    rows: dict[int, int] = field(default_factory=dict)
 
 
 def check_states(batch: Batch) -> None:

@@ -1,7 +1,8 @@
 """The optimizers: what a step is made of, in the order of docs/algorithm.md section 2.
 
-    step() -> _collect (check, create states) -> _write_control (one read of the gradients, if
-    clipping or skipping needs it) -> Backend.update (one memory pass) -> counters
+    step() -> _collect (check, create states) -> Sharding.localize (DTensors to local parts) ->
+    _write_controls (one read of the gradients, if clipping or skipping needs it) ->
+    Backend.update (one memory pass) -> counters
 
 No mathematics of the update rule here: that is reference.py, csrc/maxva_math.h and its twin.
 """
@@ -262,7 +263,8 @@ class MaxVA(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse. ValueError or TypeError: a tensor or a
-                hyper-parameter does not fit. Nothing has been changed then.
+                hyper-parameter does not fit. NotImplementedError: an option needs the norm of a
+                parameter that FSDP1 has flattened. Nothing has been changed then.
         """
         _check_graph_capture(self)
         loss = None
@@ -370,7 +372,15 @@ class MaxVA(Optimizer):
                     batch.vmax.append(state["max_exp_avg_sq"])
                 if has_master:
                     batch.master.append(state["master_param"])
+        for batch in batches.values():
+            if batch.device.type != "cpu" and any(step.is_cpu for step in batch.step):
+                self._place_steps(batch)
         return list(batches.values())
+
+    def _place_steps(self, batch: Batch) -> None:
+        """Moves counters to their device: ZeroRedundancyOptimizer loads them onto the CPU."""
+        for i, p in enumerate(batch.theta):
+            batch.step[i] = self.state[p]["step"] = batch.step[i].to(batch.device)
 
     def _begin_group(self, batch: Batch, group: dict[str, Any], row: tuple[float, ...]) -> None:
         lr = group["lr"]
@@ -461,25 +471,25 @@ class MaxVA(Optimizer):
                 if id(step) not in counted
             ]
             counted.update(id(step) for step in batch.group_step)
-        norms = {
-            id(batch): torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
-            for batch in batches
-            if batch.trust_ratio
-        }
 
-        def run(batch: Batch, phase: Phase) -> None:
+        def run(batch: Batch, phase: Phase, norms: Tensor | None) -> None:
             control, grad_scale = controls[batch.device]
-            self._find(batch.device).update(
-                batch, self.algorithm, phase, control, grad_scale, norms.get(id(batch))
-            )
+            backend = self._find(batch.device)
+            backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
 
-        two_phases = [batch for batch in batches if batch.trust_ratio]
+        two_phases = []
         for batch in batches:
-            run(batch, Phase.STATES if batch.trust_ratio else Phase.WHOLE)
+            if batch.trust_ratio:
+                n = len(batch.theta)
+                norms = torch.zeros(n, 2, dtype=torch.float64, device=batch.device)
+                two_phases.append((batch, norms))
+                run(batch, Phase.STATES, norms)
+            else:
+                run(batch, Phase.WHOLE, None)
         if any(group["trust_ratio"] for group in self.param_groups):
-            sharding.sum_norms([(batch, norms[id(batch)]) for batch in two_phases])
-        for batch in two_phases:
-            run(batch, Phase.PARAMETERS)
+            sharding.sum_norms(two_phases)
+        for batch, norms in two_phases:
+            run(batch, Phase.PARAMETERS, norms)
         return counted
 
     def _count_groups(
@@ -515,6 +525,9 @@ class FusedMAdam(MaxVA):
     One memory pass per step over parameter, gradient and the four states. A call written for
     `torch.optim.AdamW` or `apex.optimizers.FusedAdam` works with the class name changed.
 
+    Parameters may be DTensors (FSDP2, tensor parallelism): their states are, too, and norms are
+    those of whole tensors. With FSDP1 trust_ratio, max_grad_norm and skip_nonfinite are refused.
+
     Args:
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, any shape.
             float64 ones are updated in float64, the others in float32 with float32 states.
@@ -539,14 +552,23 @@ class FusedMAdam(MaxVA):
             that is 1.
         eps_inside_sqrt: add eps to v/w inside the root instead (as Alg. 2 is printed).
         set_grad_none: the default of `zero_grad(set_to_none=...)`.
-        collect_stats, stochastic_rounding, rounding_seed, state_dtype, fp32_state_below,
-            norm_process_group: reserved; other values than the default raise NotImplementedError.
+        collect_stats, stochastic_rounding, rounding_seed, state_dtype, fp32_state_below: reserved;
+            other values than the default raise NotImplementedError.
+        norm_process_group: a torch.distributed.ProcessGroup over whose ranks the parameters are
+            divided without DTensor, every element on exactly one of them: whole parameters
+            (ZeroRedundancyOptimizer, pipeline stages) or flat shards. max_grad_norm,
+            skip_nonfinite and a scaler's found_inf then hold for all its ranks, each of which must
+            call step(). trust_ratio takes each tensor's norm as it is on its rank: right for whole
+            parameters, not for flat shards. DTensors need no group; with one, their norms are
+            summed over their mesh first. Copies share the group; an optimizer with one cannot be
+            pickled (its state_dict can).
         backend: "cuda", "cpu", "eager", or "auto" for the best there is for the parameters'
             device; the MAXVA_BACKEND variable overrides "auto".
 
     Raises:
         ValueError: a value outside its range, or an empty parameter list.
-        TypeError: a parameter of another dtype.
+        TypeError: a parameter of another dtype, or a norm_process_group that is none or that this
+            rank does not belong to.
         NotImplementedError: an option whose turn has not come.
         RuntimeError: the backend asked for is not available here.
     """

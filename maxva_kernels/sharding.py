@@ -43,6 +43,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return cls is not None and isinstance(tensor, cls)
 
 
+def _holds(cls: type[Any], tensors: list[Tensor]) -> bool:
+    """Whether any tensor is a DTensor; a hot path, as every step of plain tensors asks it."""
+    return any(issubclass(kind, cls) for kind in set(map(type, tensors)))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; another tensor as it is."""
     if not is_dtensor(tensor):
@@ -54,7 +59,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def check_placement(described: str, p: Tensor, name: str, tensor: Tensor) -> None:
     """Raises ValueError unless a tensor is divided over ranks exactly as its parameter p is."""
-    if not _placed_alike(p, tensor):
+    sharded = is_dtensor(p)
+    if sharded != is_dtensor(tensor) or (sharded and not _same_placement(p, tensor)):
         raise ValueError(
             f"{described}: {name} is {_placement(tensor)}, but the parameter is {_placement(p)}. "
             f"Load states of sharded parameters with torch.distributed.checkpoint.state_dict."
@@ -62,9 +68,7 @@ def check_placement(described: str, p: Tensor, name: str, tensor: Tensor) -> Non
         )
 
 
-def _placed_alike(p: Any, tensor: Any) -> bool:
-    if not is_dtensor(p) or not is_dtensor(tensor):
-        return is_dtensor(p) == is_dtensor(tensor)
+def _same_placement(p: Any, tensor: Any) -> bool:
     return bool(p.placements == tensor.placements and p.device_mesh == tensor.device_mesh)
 
 
@@ -137,8 +141,6 @@ class Sharding:
         # per divided parameter, by id: its row in tables of norms, and its groups' names
         self._row_of: dict[int, int] = {}
         self._names: list[tuple[str, ...]] = []
-        # per batch, by id: {index in the batch: row}
-        self._rows: dict[int, dict[int, int]] = {}
         self._check_flattened()
         cls = _dtensor()
         if cls is not None:
@@ -156,7 +158,7 @@ class Sharding:
             }
             wanted = [name for name, is_wanted in options.items() if is_wanted]
             for index, p in enumerate(group["params"] if wanted else ()):
-                if "_fsdp_flattened" in p.__dict__:
+                if getattr(p, "_fsdp_flattened", False):
                     raise NotImplementedError(
                         f"{describe(group, index, p)} is a shard of FSDP1, whose norm is not "
                         f"known here: {', '.join(wanted)} cannot be used. Use fully_shard (FSDP2); "
@@ -167,7 +169,7 @@ class Sharding:
     def _find_divided(self, cls: type[Any]) -> None:
         known: dict[Any, tuple[str, ...]] = {}
         for group in self._param_groups:
-            for index, p in enumerate(group["params"]):
+            for index, p in enumerate(group["params"] if _holds(cls, group["params"]) else ()):
                 if not isinstance(p, cls):
                     continue
                 key = id(p.device_mesh), p.placements
@@ -203,30 +205,33 @@ class Sharding:
         cls = _dtensor()
         if cls is None:
             return
-        sharded: list[tuple[list[Tensor], int, Any, Any]] = []
+        batches = [b for b in batches if _holds(cls, b.theta) or _holds(cls, b.g)]
+        parts: list[tuple[list[Tensor], int, Any]] = []
+        strays: list[tuple[list[Tensor], int, Any, Any]] = []
         for batch in batches:
             for field in _LIKE_PARAMETER:
                 tensors = getattr(batch, field)
                 for i, (p, tensor) in enumerate(zip(batch.theta, tensors, strict=False)):
-                    if isinstance(p, cls) or isinstance(tensor, cls):
-                        if not _placed_alike(p, tensor):
-                            self._check_redistributable(p, field, tensor, unscales)
-                        sharded.append((tensors, i, p, tensor))
-        for tensors, i, p, tensor in sharded:
-            if not _placed_alike(p, tensor):
-                tensor = tensor.redistribute(p.device_mesh, p.placements)
+                    sharded = isinstance(p, cls), isinstance(tensor, cls)
+                    if all(sharded) and _same_placement(p, tensor):
+                        parts.append((tensors, i, tensor))
+                    elif any(sharded):
+                        self._check_redistributable(p, field, tensor, unscales)
+                        strays.append((tensors, i, tensor, p))
+        for tensors, i, tensor in parts:
             tensors[i] = tensor.to_local()
+        for tensors, i, tensor, p in strays:
+            tensors[i] = tensor.redistribute(p.device_mesh, p.placements).to_local()
         for batch in batches:
             here = [(i, p) for i, p in enumerate(batch.theta) if isinstance(p, cls)]
-            self._rows[id(batch)] = {
-                i: self._row_of[id(p)] for i, p in here if id(p) in self._row_of
-            }
+            batch.rows = {i: self._row_of[id(p)] for i, p in here if id(p) in self._row_of}
             # the operators count up what they write, but do not see the DTensor around it
             torch.autograd.graph.increment_version([p for _, p in here if not p.is_inference()])
             for i, p in here:
                 batch.theta[i] = p.to_local()
 
     def _check_redistributable(self, p: Any, field: str, tensor: Any, unscales: bool) -> None:
+        """Raises ValueError unless a tensor placed otherwise can be sent to p's placement."""
         described = next(
             describe(group, index, p)
             for group in self._param_groups
@@ -311,12 +316,11 @@ class Sharding:
     ) -> dict[tuple[tuple[str, ...], torch.device], list[Tensor]]:
         lists: dict[tuple[tuple[str, ...], torch.device], list[Tensor]] = {}
         for batch in batches:
-            rows = self._rows.get(id(batch))
-            if not rows:
+            if not batch.rows:
                 lists.setdefault(((), batch.device), []).extend(batch.g)
                 continue
             for i, g in enumerate(batch.g):
-                names = self._names[rows[i]] if i in rows else ()
+                names = self._names[batch.rows[i]] if i in batch.rows else ()
                 lists.setdefault((names, batch.device), []).append(g)
         return lists
 
@@ -333,9 +337,13 @@ class Sharding:
         device = self._device()
         table = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
         places = [
-            (values, _index(tuple(rows), values.device), _index(tuple(rows.values()), device))
+            (
+                values,
+                _index(tuple(batch.rows), values.device),
+                _index(tuple(batch.rows.values()), device),
+            )
             for batch, values in norms
-            if (rows := self._rows[id(batch)])
+            if batch.rows
         ]
         for values, here, there in places:
             table[there] = values[here].to(device)

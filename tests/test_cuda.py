@@ -503,6 +503,21 @@ def test_gradients_that_come_and_go() -> None:
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-6, atol=1e-7)
 
 
+def test_counters_loaded_onto_the_cpu_follow_their_parameters() -> None:
+    """As ZeroRedundancyOptimizer leaves them."""
+    params = make_params("cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = FusedMAdam(params)
+    opt.step()
+    for p in params[1:]:
+        opt.state[p]["step"] = opt.state[p]["step"].cpu()
+    opt.step()
+    for p in params:
+        assert opt.state[p]["step"].device == p.device
+        assert float(opt.state[p]["step"]) == 2
+
+
 def test_two_streams() -> None:
     """Two optimizers of equal lists, each on its own stream, sharing nothing."""
     streams = [torch.cuda.Stream() for _ in range(2)]
