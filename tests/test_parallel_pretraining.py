@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +21,10 @@ from bert_runs import (
     newest_state,
     run_bert,
     torchrun,
-    write_corpus,
 )
+
+# Runs set the number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALFWAY = 4
 OPTIMIZERS = ("adamw", "madam")
@@ -40,18 +41,6 @@ def options(corpus: object, out: Path, optimizer: str, *more: str) -> list[str]:
 
 def resumed(out: Path, source: Path, *more: str, step: int = HALFWAY) -> dict:
     return {"argv": ["--out", str(out), "--resume", *more], "resume": [str(source), step]}
-
-
-@pytest.fixture(autouse=True)
-def keep_thread_count() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(scope="module")
