@@ -27,7 +27,6 @@ from bert_runs import (
     run_bert,
     start,
     torchrun,
-    write_corpus,
 )
 from failure_worker import CHECKPOINT_EVERY, STEPS
 
@@ -163,7 +162,7 @@ def test_killed_processes_lose_unsaved_steps_only(
         job.launched.terminate()
         raise
     finally:
-        output = finish(job.launched, timeout=60)
+        output = finish(job.launched, timeout=120)
         print(output)
     assert job.launched.returncode == 0
     expected, state = newest_state(tmp_path / "undisturbed"), newest_state(job.out)
@@ -172,12 +171,11 @@ def test_killed_processes_lose_unsaved_steps_only(
 
 
 def test_killed_pretraining_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, dice: random.Random
+    corpus_file: Path, tmp_path: Path, dice: random.Random
 ) -> None:
-    corpus = write_corpus(tmp_path / "corpus.txt")
     more = ("--optimizer", "madam", "--steps", "20", "--parallel", "ddp")
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    launched = torchrun(PROCESSES, SCRIPT, *arguments(corpus, out, *more))
+    launched = torchrun(PROCESSES, SCRIPT, *arguments(corpus_file, out, *more))
     try:
         wait_until(lambda: bool(example.checkpoint.checkpoints(out)), 90, "first checkpoint")
         children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
@@ -189,7 +187,7 @@ def test_killed_pretraining_goes_on_from_its_last_checkpoint(
         launched.terminate()
         raise
     finally:
-        output = finish(launched, timeout=60)
+        output = finish(launched, timeout=120)
         print(output)
     assert launched.returncode != 0
     assert not (out / "metrics.json").exists()
@@ -197,7 +195,7 @@ def test_killed_pretraining_goes_on_from_its_last_checkpoint(
     resumed = run_bert(
         PROCESSES,
         [
-            {"argv": arguments(corpus, undisturbed, *more)},
+            {"argv": arguments(corpus_file, undisturbed, *more)},
             {"argv": ["--out", str(out), "--resume", "--parallel", "ddp"]},
         ],
         tmp_path,

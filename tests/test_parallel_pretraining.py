@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +21,10 @@ from bert_runs import (
     newest_state,
     run_bert,
     torchrun,
-    write_corpus,
 )
+
+# Runs set the number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALFWAY = 4
 OPTIMIZERS = ("adamw", "madam")
@@ -40,18 +41,6 @@ def options(corpus: object, out: Path, optimizer: str, *more: str) -> list[str]:
 
 def resumed(out: Path, source: Path, *more: str, step: int = HALFWAY) -> dict:
     return {"argv": ["--out", str(out), "--resume", *more], "resume": [str(source), step]}
-
-
-@pytest.fixture(autouse=True)
-def keep_thread_count() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +204,7 @@ def test_sigterm_to_torchrun_then_resume_is_bit_exact(
     while not example.checkpoint.checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.005)
     launched.send_signal(signal.SIGTERM)
-    output = finish(launched, timeout=60)
+    output = finish(launched, timeout=120)
     assert launched.returncode != 0
     assert output.count("stopped by SIGTERM after step") == 1
     assert "go on with: torchrun --nproc-per-node 2" in output
