@@ -192,7 +192,8 @@ class EagerBackend:
         row = row_of(batch.rounding, i)
         if row is None:
             return moved.to(tensor.dtype)
-        return rounded(moved, tensor, batch.step[i] + 1, row)
+        # a 0-dim parameter has taken the scalars' float64
+        return rounded(moved.float(), tensor, batch.step[i] + 1, row)
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
         return torch.stack([x.double().square().sum() for x in g]).sum().reshape(1)
