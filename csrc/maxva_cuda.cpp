@@ -209,7 +209,7 @@ void update_cuda(const UpdateArgs& args) {
   }
 
   const auto num_tensors = static_cast<int64_t>(plan.tensors().size());
-  if (block_statistics) {
+  if (args.statistics) {  // also where there are no blocks: empty tensors have sums of 0
     gpu::launch_tensor_sums(
         tables.tensors, num_tensors, block_statistics,
         {kStatistics, first_statistic(args.phase), end_of_statistics(args.phase)}, control,

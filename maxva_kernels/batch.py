@@ -39,7 +39,8 @@ class Batch:
     Element i of every list belongs to parameter i; `vmax` and `master` are either as long or
     empty. Consecutive parameters belong to one group: `group_sizes` says how many, `hyper` holds
     lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None, and
-    `groups` which of the optimizer's groups it is.
+    `groups` which of the optimizer's groups it is; `parameters` are the parameters' indices in the
+    optimizer, where `statistics` are collected.
     `group_step` holds the int32 counters on the device that this call counts up. `trust_ratio` is
     the same for all groups of a batch: it takes two phases. `rounding` holds a row of
     rounding.FIELDS per parameter, or nothing where none is rounded stochastically; `statistics` is
@@ -66,6 +67,7 @@ class Batch:
     rounding: list[int] = field(default_factory=list)
     statistics: Tensor | None = None
     groups: list[int] = field(default_factory=list)
+    parameters: list[int] = field(default_factory=list)
     rows: dict[int, int] = field(default_factory=dict)
 
 

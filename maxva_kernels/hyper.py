@@ -91,7 +91,8 @@ _CHECKED = (
 )
 
 
-@functools.lru_cache(maxsize=4096)  # keyed by the values themselves, so never stale
+# keyed by the values and their types, so never stale: 1 == 1.0, but a seed must be an int
+@functools.lru_cache(maxsize=4096, typed=True)
 def _checked_row(*values: Any, betas: tuple[Any, ...]) -> tuple[float, ...]:
     group = dict(zip(_CHECKED, (betas, *values), strict=True))
     for name, value in (*group.items(), *(("betas", beta) for beta in betas)):

@@ -24,7 +24,7 @@ from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
 from maxva_kernels.sharding import NormGroup, Sharding
-from maxva_kernels.state import Shield, new_master, new_state, placed, shielded
+from maxva_kernels.state import Shield, new_state, placed, shielded
 from maxva_kernels.statistics import StepStatistics
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -264,12 +264,20 @@ class MaxVA(Optimizer):
         """Makes the float32 master weights now instead of at the first step.
 
         Call it when the parameters have their starting values (after DDP has broadcast them).
-        Does nothing for groups without master_weights=True and for float32 or float64 parameters.
+        Does nothing where no parameter needs one. Else all states are made, those of float32
+        parameters as well: torch.distributed.checkpoint takes an optimizer that has any state for
+        one that has all of it.
         """
+        missing: list[tuple[Tensor, dict[str, Tensor]]] = []
         for group in self.param_groups:
             for p in group["params"]:
-                if group["master_weights"] and p.dtype in _LOW_PRECISION:
-                    self.state[p].setdefault("master_param", new_master(p))
+                if p.requires_grad:
+                    has_master = group["master_weights"] and p.dtype in _LOW_PRECISION
+                    known = self.state.get(p, {})
+                    missing.append((p, new_state(p, known, group["amsgrad"], has_master)))
+        if any("master_param" in new for _, new in missing):
+            for p, new in missing:
+                self.state[p].update(new)
 
     def stats(self) -> list[dict[str, float]]:
         """Telemetry of the last step that was not skipped, for groups with collect_stats=True.
@@ -291,9 +299,13 @@ class MaxVA(Optimizer):
         """
         collecting = self._collecting()
         if not any(collecting):
-            raise RuntimeError("stats() needs collect_stats=True in at least one group")
+            raise RuntimeError(
+                "stats() needs collect_stats=True in at least one group; a loaded state dict "
+                "brings its own value: set it in param_groups"
+            )
         statistics = self._statistics or StepStatistics()
-        return statistics.read(collecting, Sharding(self.param_groups, self._norm_group))
+        sharding = Sharding(self.param_groups, self._norm_group)
+        return statistics.read(self.param_groups, collecting, sharding)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; see docs/algorithm.md section 2.
@@ -330,10 +342,12 @@ class MaxVA(Optimizer):
         created: list[tuple[Tensor, dict[str, Any]]] = []
         try:
             batches = self._collect(rows, created)
-            collecting = self._collecting()
-            if any(collecting):
-                self._statistics = self._statistics or StepStatistics()
-                self._statistics.attach(batches, collecting)
+            statistics = None
+            if any(self._collecting()):
+                statistics = self._statistics = self._statistics or StepStatistics()
+                capturing = any(_is_capturing(batch.device) for batch in batches)
+                count = sum(len(group["params"]) for group in self.param_groups)
+                statistics.attach(batches, count, capturing)
             sharding.localize(batches, isinstance(getattr(self, "grad_scale", None), Tensor))
             if (created or sharding.spans_ranks) and self._observes_nothing(
                 batches, created, sharding
@@ -352,8 +366,8 @@ class MaxVA(Optimizer):
                     del self.state[p]
             raise
         self._count_groups(controls, counted)
-        if any(collecting) and self._statistics is not None:
-            self._statistics.count_skip(controls)
+        if statistics is not None:
+            statistics.record(batches, controls)
 
     def _collecting(self) -> list[bool]:
         return [group["collect_stats"] for group in self.param_groups]
@@ -382,6 +396,7 @@ class MaxVA(Optimizer):
         """Sorts all tensors into batches; creates missing states and lists them in `created`."""
         batches: dict[tuple[Any, ...], Batch] = {}
         rounds = any(group["stochastic_rounding"] for group in self.param_groups)
+        collects = any(self._collecting())
         end = 0
         for k, (row, group) in enumerate(zip(rows, self.param_groups, strict=True)):
             start, end = end, end + len(group["params"])
@@ -426,6 +441,8 @@ class MaxVA(Optimizer):
                     batch.vmax.append(state["max_exp_avg_sq"])
                 if has_master:
                     batch.master.append(state["master_param"])
+                if collects:
+                    batch.parameters.append(parameter)
                 if rounds:
                     batch.rounding.extend(rounding.row(group, p, parameter))
         for batch in batches.values():

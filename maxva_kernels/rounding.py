@@ -92,5 +92,5 @@ def rounded(x: Tensor, theta: Tensor, t: Tensor, row: tuple[int, ...]) -> Tensor
     if words.stride() != theta.stride():
         words = torch.empty_like(words, memory_format=torch.contiguous_format)
     words.as_strided((theta.numel(),), (1,)).copy_(random_words(theta.numel(), t, row))
-    bits = (x.view(torch.int32) & _WORD) + (words & 0xFFFF)
+    bits = x.view(torch.int32) + (words & 0xFFFF)
     return torch.where(x.isnan(), x.bfloat16(), (bits >> 16).to(torch.int16).view(torch.bfloat16))

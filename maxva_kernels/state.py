@@ -67,7 +67,7 @@ def shielded(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 
 def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
     missing = [key for key in ("step", *MOMENTS) if key not in values]
-    if values and missing and set(values) != {"master_param"}:
+    if values and missing:
         raise ValueError(
             f"{described}: the loaded state lacks {', '.join(missing)}; it is of another "
             f"optimizer (has {', '.join(map(str, values))})"

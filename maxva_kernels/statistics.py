@@ -1,12 +1,14 @@
-"""What `optimizer.stats()` tells: sums that the update's pass leaves on the device, read on demand.
+"""What `optimizer.stats()` tells: sums that the update leaves on the device, read on demand.
 
-Nothing here is read back to the host, or sent to other ranks, before somebody asks.
+    attach (before the update: where it leaves its sums) -> record (after it: what the last step
+    that was not skipped found, a row per parameter) -> read
+
+Nothing is read back to the host, or sent to other ranks, before somebody asks.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,81 +17,101 @@ from torch import Tensor
 from maxva_kernels.batch import SKIP, Batch, Statistic
 from maxva_kernels.sharding import Sharding
 
-
-@dataclass
-class _Table:
-    """The sums of one batch: float64 [parameters, len(Statistic)] on its device."""
-
-    params: list[Tensor]
-    group_of: list[int]
-    sums: Tensor
+Controls = dict[torch.device, tuple[Any, ...]]
 
 
 class StepStatistics:
-    """The last unskipped step's sums, and how many steps were skipped."""
+    """The last unskipped step's sums, and how many steps were skipped.
+
+    Rows stay where they are, so that a captured graph goes on filling what is read.
+    """
 
     def __init__(self) -> None:
-        self._tables: list[_Table] = []
-        self._skipped: Tensor | None = None
+        # per device: float64 [parameters of the optimizer, len(Statistic)], NaN without a gradient
+        self._rows: dict[torch.device, Tensor] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        # per device: which rows the batches of a step fill, and the same on the device
+        self._places: dict[torch.device, tuple[list[int], Tensor]] = {}
+        self._captured: list[Tensor] = []  # what a graph reads and nobody else holds
 
-    def attach(self, batches: list[Batch], collecting: list[bool]) -> None:
-        """Gives every batch with a collecting group the table that its update is to fill.
+    def attach(self, batches: list[Batch], num_parameters: int, capturing: bool) -> None:
+        """Gives every batch a table that its update is to fill.
 
-        A table serves as long as its parameters stay the same, so that a skipped step leaves what
-        the one before has found and a captured graph fills what is read later.
-
-        Args:
-            batches: of this step, with the optimizer's own parameters (DTensors, where sharded).
-            collecting: for each of the optimizer's groups, whether it collects.
+        Raises:
+            RuntimeError: a graph is being captured, and the step before it had other gradients;
+                every replay would begin the statistics anew.
         """
-        known = {tuple(map(id, table.params)): table for table in self._tables}
-        self._tables = []
-        for batch in batches:
-            if not any(collecting[group] for group in batch.groups):
+        for device in dict.fromkeys(batch.device for batch in batches):
+            filled = [i for batch in batches if batch.device == device for i in batch.parameters]
+            rows, place = self._rows.get(device), self._places.get(device)
+            is_ready = rows is not None and place is not None and place[0] == filled
+            if is_ready and len(rows) >= num_parameters:
+                if capturing:
+                    self._captured.append(place[1])
                 continue
-            table = known.get(tuple(map(id, batch.theta)))
-            if table is None or table.sums.device != batch.device:
-                sums = torch.full(
-                    (len(batch.theta), len(Statistic)),
-                    math.nan,
-                    dtype=torch.float64,
-                    device=batch.device,
+            if capturing:
+                raise RuntimeError(
+                    "collect_stats has no place for these parameters' statistics yet while a CUDA "
+                    "graph is being captured. Run a step with the same gradients before the capture"
                 )
-                table = _Table(list(batch.theta), [], sums)
-            table.group_of = [
-                group
-                for group, size in zip(batch.groups, batch.group_sizes, strict=True)
-                for _ in range(size)
-            ]
-            batch.statistics = table.sums
-            self._tables.append(table)
+            if rows is None or len(rows) < num_parameters:
+                if rows is not None:
+                    self._captured.append(rows)
+                self._rows[device] = _unknown(num_parameters, device)
+                self._skipped.setdefault(device, torch.zeros_like(self._rows[device][0, 0]))
+            self._places[device] = filled, _on_device(filled, device)
+        for batch in batches:
+            batch.statistics = torch.empty(
+                len(batch.theta), len(Statistic), dtype=torch.float64, device=batch.device
+            )
 
-    def count_skip(self, controls: dict[torch.device, tuple[Any, ...]]) -> None:
-        """Counts the step if its control blocks, which agree, say that it was skipped."""
-        control = next((c for c, _ in controls.values() if c is not None), None)
-        if control is None:
-            return
-        if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.float64, device=control.device)
-        self._skipped = self._skipped.to(control.device)
-        self._skipped += control[SKIP]
+    def record(self, batches: list[Batch], controls: Controls) -> None:
+        """Takes over what the update has found, unless the step was skipped."""
+        for device, rows in self._rows.items():
+            here = (batch.statistics for batch in batches if batch.device == device)
+            tables = [table for table in here if table is not None]
+            found = torch.full_like(rows, math.nan)
+            if tables:
+                found.index_copy_(0, self._places[device][1], torch.cat(tables))
+            control = controls.get(device, (None,))[0]
+            if control is not None:
+                skip = control[SKIP] != 0
+                found = torch.where(skip, rows, found)
+                self._skipped[device] += skip
+            rows.copy_(found)
 
-    def read(self, collecting: list[bool], sharding: Sharding) -> list[dict[str, float]]:
+    def read(
+        self, param_groups: list[dict[str, Any]], collecting: list[bool], sharding: Sharding
+    ) -> list[dict[str, float]]:
         """What MaxVA.stats returns. Waits for the device, and for other ranks where sharded."""
-        whole = [(table.params, table.sums.clone()) for table in self._tables]
-        sharding.sum_statistics(whole)
-        totals = torch.zeros(len(collecting), 1 + len(Statistic), dtype=torch.float64)
-        for table, (_, sums) in zip(self._tables, whole, strict=True):
-            rows = torch.empty(len(table.params), 1 + len(Statistic), dtype=torch.float64)
-            rows[:, 0] = torch.tensor([p.numel() for p in table.params])
-            rows[:, 1:] = sums.cpu()
-            totals.index_add_(0, torch.tensor(table.group_of), rows)
+        params = [p for group in param_groups for p in group["params"]]
+        group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
+        tables = [rows.clone() for rows in self._rows.values()]
+        sharding.sum_statistics([(params[: len(rows)], rows) for rows in tables])
+        totals = torch.zeros(len(param_groups), 1 + len(Statistic), dtype=torch.float64)
+        for rows in tables:
+            values = rows.cpu()
+            known = (~values[:, Statistic.ONE_MINUS_BETA].isnan()).nonzero().flatten().tolist()
+            for i in known:
+                totals[group_of[i], 0] += params[i].numel()
+                totals[group_of[i], 1:] += values[i]
         totals = sharding.sum_over_norm_group(totals)
-        skipped = 0 if self._skipped is None else int(self._skipped)
+        skipped = max((int(count) for count in self._skipped.values()), default=0)
         return [
             _described(row, skipped) if collects else {}
             for row, collects in zip(totals.tolist(), collecting, strict=True)
         ]
+
+
+def _unknown(num_parameters: int, device: torch.device) -> Tensor:
+    shape = num_parameters, len(Statistic)
+    return torch.full(shape, math.nan, dtype=torch.float64, device=device)
+
+
+def _on_device(indices: list[int], device: torch.device) -> Tensor:
+    """Copied without waiting."""
+    host = torch.tensor(indices, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def _described(row: list[float], skipped: int) -> dict[str, float]:

@@ -8,6 +8,12 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from exactness import same_bits
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import maxva_kernels
 from maxva_kernels import FusedLaMAdam, FusedMAdam, load_reference_state
@@ -469,3 +475,27 @@ def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(kin
     for index, p in enumerate(params):
         for key, value in optimizer.state[p].items():
             assert torch.equal(value, before[1][index][key]), key
+
+
+def test_distributed_checkpoint_loads_after_masters_were_made(tmp_path):
+    """Torch takes an optimizer with any state for one that has all of it."""
+
+    def made():
+        net = torch.nn.Sequential(torch.nn.Linear(5, 3).bfloat16(), torch.nn.LayerNorm(3))
+        return net, FusedMAdam(net.parameters(), master_weights=True)
+
+    net, optimizer = made()
+    for t in range(3):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, 0.5 + t)
+        optimizer.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path)
+
+    resumed, other = made()
+    other.setup_fp32_params()
+    template = {"optimizer": get_optimizer_state_dict(resumed, other)}
+    dcp.load(template, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(resumed, other, template["optimizer"])
+    for p, q in zip(net.parameters(), resumed.parameters(), strict=True):
+        assert same_bits(dict(optimizer.state[p]), dict(other.state[q]))
+        assert other.state[q]["step"] == 3

@@ -262,9 +262,8 @@ def test_failed_step_keeps_master_weights_made_before(backend: str) -> None:
     q.grad = torch.ones(4).to_sparse()
     with pytest.raises(RuntimeError):
         opt.step()
-    p_state = opt.state[p]
-    assert p_state.keys() == {"master_param"}
-    assert same_bits(p_state["master_param"], before["states"][0]["master_param"])
+    assert same_bits(snapshot(opt)["states"], before["states"])
+    assert "master_param" in opt.state[p]
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -840,14 +839,22 @@ def test_master_weights_gather_small_updates(dtype: torch.dtype, backend: str) -
 
 def test_setup_fp32_params(backend: str) -> None:
     params = [Parameter(torch.randn(4).to(d)) for d in (torch.float32, torch.bfloat16)]
-    other = Parameter(torch.ones(2).half())
+    other, frozen = Parameter(torch.ones(2).half()), Parameter(torch.ones(2), requires_grad=False)
     opt = FusedMAdam(
-        [{"params": params, "master_weights": True}, {"params": [other]}], backend=backend
+        [{"params": params, "master_weights": True}, {"params": [other, frozen]}], backend=backend
     )
     opt.setup_fp32_params()
     assert same_bits(opt.state[params[1]]["master_param"], params[1].detach().float())
-    assert not opt.state.get(params[0])
-    assert not opt.state.get(other)
+    # what reads or fills a state finds all of it
+    for p in (*params, other):
+        assert opt.state[p].keys() - {"master_param"} == STATE_KEYS
+        assert ("master_param" in opt.state[p]) == (p is params[1])
+        assert opt.state[p]["step"] == 0
+        assert not opt.state[p]["maxva_weight"].any()
+    assert not opt.state.get(frozen)
+    plain = FusedMAdam([other, *params], backend=backend)
+    plain.setup_fp32_params()
+    assert not plain.state
     first = opt.state[params[1]]["master_param"]
     opt.setup_fp32_params()
     assert opt.state[params[1]]["master_param"] is first

@@ -88,7 +88,7 @@ def test_values_are_those_of_the_definition(
 
 
 def test_step_size_includes_the_trust_ratio(backend: str, algorithm: str) -> None:
-    """Without decay in a second group r is 1; with it the ratio of two runs' means is r."""
+    """The ratio of the means of two runs, with it and without, is r."""
     theta, g = torch.linspace(1, 3, 50), torch.linspace(-1, 2, 50)
 
     def run(trust_ratio: bool) -> tuple[Tensor, float]:
@@ -122,7 +122,8 @@ def test_kernels_agree_with_the_reference(
     assert found.keys() == expected.keys()
     for name, value in found.items():
         # float32 rounding decides for a few coordinates on which side of a bound they are
-        assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-3), name
+        few = 1e-3 if name.startswith("share") else 0
+        assert value == pytest.approx(expected[name], rel=1e-4, abs=few), name
 
 
 def test_gradient_norm_is_unscaled_and_not_clipped(backend: str) -> None:
@@ -196,6 +197,52 @@ def test_before_the_first_step_and_without_gradients(backend: str) -> None:
     p.grad = None
     opt.step()
     tells_nothing()
+
+
+def test_a_skipped_step_with_other_gradients_leaves_the_values(backend: str) -> None:
+    params = [Parameter(torch.ones(4)), Parameter(torch.ones(6))]
+    opt = FusedMAdam(params, collect_stats=True, skip_nonfinite=True, backend=backend)
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    opt.step()
+    (before,) = opt.stats()
+    params[1].grad = None
+    params[0].grad = torch.full_like(params[0], torch.nan)
+    opt.step()
+    assert opt.stats() == [{**before, "skipped_steps": 1}]
+
+
+def test_a_failed_step_leaves_the_values(backend: str) -> None:
+    params = [Parameter(torch.ones(4)), Parameter(torch.ones(6))]
+    opt = FusedMAdam(params, collect_stats=True, backend=backend)
+    params[0].grad = torch.ones(4)
+    opt.step()
+    before = opt.stats()
+    params[1].grad = torch.ones(6)
+    opt.state[params[1]] = {k: x.clone() for k, x in opt.state[params[0]].items()}
+    with pytest.raises((ValueError, RuntimeError), match="shape"):
+        opt.step()
+    assert opt.stats() == before
+
+
+def test_parameters_added_later_are_counted(backend: str) -> None:
+    opt = FusedMAdam([Parameter(torch.ones(4))], collect_stats=True, backend=backend)
+    params_of(opt)[0].grad = torch.full((4,), 2.0)
+    opt.step()
+    opt.add_param_group({"params": [Parameter(torch.ones(9))]})
+    params_of(opt)[1].grad = torch.full((9,), 3.0)
+    opt.step()
+    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([4.0, 9.0])
+
+
+def test_a_loaded_dict_brings_its_own_choice(backend: str) -> None:
+    off, on = (
+        FusedMAdam([Parameter(torch.ones(4))], collect_stats=collect, backend=backend)
+        for collect in (False, True)
+    )
+    on.load_state_dict(off.state_dict())
+    with pytest.raises(RuntimeError, match="loaded state dict"):
+        on.stats()
 
 
 def test_a_skipped_first_step_tells_nothing(backend: str) -> None:

@@ -141,7 +141,7 @@ def test_parts_of_a_parameter_round_as_the_whole(kernel: str) -> None:
     whole = bfloat16_values(rows, columns)
     seed, parameter = 9, 4
     numel = whole.numel()
-    one, three = torch.tensor(1), torch.zeros(())
+    first_update, no_updates = torch.tensor(1), torch.zeros(())
 
     def rounded_part(part: Tensor, offset: int, inner_local: int, inner_global: int) -> Tensor:
         theta = part.clone(memory_format=torch.contiguous_format)
@@ -152,12 +152,12 @@ def test_parts_of_a_parameter_round_as_the_whole(kernel: str) -> None:
             from maxva_kernels import triton_kernels as operators
         operators.update_(
             [theta], [torch.zeros_like(theta)], *([state] for state in states), [], [],
-            [three.clone()], [], [1], hyper, [None], None, None, None, None,
+            [no_updates.clone()], [], [1], hyper, [None], None, None, None, None,
             [seed, parameter, offset, inner_local, inner_global], "madam", 0,
         )  # fmt: skip
         return theta
 
-    words = random_words(numel, one, (seed, parameter, 0, numel, numel))
+    words = random_words(numel, first_update, (seed, parameter, 0, numel, numel))
     bits = (whole.float() * (1 - DECAY)).view(torch.int32).long() & 0xFFFFFFFF
     bits = (bits + (words.view(rows, columns) & 0xFFFF)) >> 16
     expected = bits.to(torch.int16).view(torch.bfloat16)
@@ -297,7 +297,8 @@ def test_what_cannot_be_rounded_so_is_refused(cls: Any) -> None:
         cls([half], stochastic_rounding=True)
     with pytest.raises(ValueError, match="master_weights"):
         cls([wide], stochastic_rounding=True, master_weights=True)
-    for seed in (-1, 2**63, 1.5, "1"):
+    cls([wide], rounding_seed=1)
+    for seed in (-1, 2**63, 1.5, "1", 1.0):
         with pytest.raises(ValueError, match="rounding_seed"):
             cls([wide], rounding_seed=seed)
 
