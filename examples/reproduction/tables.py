@@ -1,0 +1,108 @@
+"""The study's numbers beside the paper's, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+# App. E; Adam "never converged" for any learning rate in [1e-4, 1].
+PAPER_SUCCESS = {
+    ("AMSGrad", 0.8): "100 %",
+    ("AMSGrad", 0.9): "65 %",
+    ("AMSGrad", 1.2): "1 %",
+    ("MAdam", 1.2): "100 %",
+}
+
+
+def success_table(study: dict[str, Any]) -> str:
+    """Success rates of Sec. 4.1: a row for each optimizer and learning rate."""
+    after = list(study["success"][0]["successes_after"])
+    rows = [
+        [
+            row["optimizer"],
+            f"{row['lr']:g}",
+            _paper_success(row),
+            f"{row['rate']:.0%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})",
+            *(str(row["successes_after"][t]) for t in after),
+        ]
+        for row in study["success"]
+    ]
+    counts = [f"successes in {study['trials']} after {t:,}" for t in after]
+    return _markdown(["optimizer", "lr", "paper", "here (95 % interval)", *counts], rows)
+
+
+def _paper_success(row: dict[str, Any]) -> str:
+    if row["optimizer"] == "Adam" and row["lr"] <= 1:
+        return "never"
+    return PAPER_SUCCESS.get((row["optimizer"], row["lr"]), "")
+
+
+def curve_table(study: dict[str, Any]) -> str:
+    """Medians of the curves of Fig. 2 at decades."""
+    iterations = study["iterations"]
+    shown = [t for t in (10, 100, 1000, 10_000, 100_000) if t in iterations]
+    labels = {"objective": "f", "update_size": "S_1", "total_change": "S_2"}
+    rows = [
+        [f"{label}, {name}", *(f"{curve[key]['median'][iterations.index(t)]:.3g}" for t in shown)]
+        for key, label in labels.items()
+        for name, curve in study["curves"].items()
+    ]
+    return _markdown(["median", *(f"after {t:,}" for t in shown)], rows)
+
+
+def loss_table(tables: list[dict[str, Any]]) -> str:
+    """Best losses of Sec. 4.2 and how far MaxVA's lie below Adam's, for each setting."""
+    header = ["h_2", "sigma", "Adam", "MAdam", "LaMAdam", "MAdam below Adam", "LaMAdam below Adam"]
+    rows = []
+    for table in sorted(tables, key=lambda table: (table["h"], table["sigma"])):
+        ours = table["optimizers"]
+        names = ("Adam", "MAdam", "LaMAdam")
+        rows.append([
+            f"{table['h'][1]:g}",
+            f"{table['sigma']:g}",
+            *(_best(ours[name]["best"]) for name in names),
+            *(_reduction(ours[name]["reduction"]) for name in names[1:]),
+        ])  # fmt: skip
+    return _markdown(header, rows)
+
+
+def variant_table(tables: dict[str, dict[str, Any]]) -> str:
+    """What the open choices do to the margin in one setting; `tables` by name of the noise."""
+    rows = [
+        [
+            noise,
+            name,
+            _reduction(row["reduction"]),
+            _spread(row["reduction_of_repetition"]),
+            _spread_of_losses(table["optimizers"]["Adam"]),
+            _spread_of_losses(row),
+        ]
+        for noise, table in tables.items()
+        for name, row in table["optimizers"].items()
+        if name != "Adam"
+    ]
+    header = ["noise", "optimizer", "below Adam, all trials", "per repetition", "best Adam", "best"]
+    return _markdown(header, rows)
+
+
+def _best(row: dict[str, Any]) -> str:
+    beta = f", {row['beta']:g}" if "beta" in row else ""
+    return f"{row['loss']:.2e} ± {row['standard_error']:.1e} ({row['lr']:g}{beta})"
+
+
+def _reduction(value: dict[str, float]) -> str:
+    return f"{value['value']:.1%} ± {value['standard_error']:.1%}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.0%} ({min(values):.0%} to {max(values):.0%})"
+
+
+def _spread_of_losses(row: dict[str, Any]) -> str:
+    values = [best["loss"] for best in row["best_of_repetition"]]
+    return f"{statistics.mean(values):.2e} ({min(values):.2e} to {max(values):.2e})"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
