@@ -18,6 +18,7 @@ SAMPLES = 11
 BETA, EPS = 0.9, 1e-8
 START = 2.0
 RADIUS = 0.1
+BLOCK = 1000  # iterations whose samples are drawn at once
 
 
 @dataclass(frozen=True)
@@ -61,52 +62,53 @@ def objective(theta: Tensor) -> Tensor:
     return torch.where(size <= 1, 0.5 * theta**2, size - 0.5)
 
 
-def gradient(theta: Tensor, sample: Tensor) -> Tensor:
-    """The gradient of l_i of Eq. 11 at `theta`; `sample` is i - 1, broadcast against it."""
-    factor = torch.where(sample == 0, 11.0, -1.0).to(theta.dtype)
-    return factor * theta.clamp(-1, 1)
+def factors(samples: Tensor) -> Tensor:
+    """What scales the gradient of l_i of Eq. 11, clamp(theta, -1, 1); `samples` are i - 1."""
+    return torch.where(samples == 0, 11.0, -1.0).to(torch.float64)
 
 
-def adaptive_step(name: str, state: dict[str, Tensor], t: int) -> Tensor:
-    """1 / (sqrt(v_t) + eps), after update number t, without the learning rate."""
+def second_moment(name: str, state: dict[str, Tensor], t: int) -> Tensor:
+    """v_t, without its bias, after update number t."""
     if name == "MAdam":
-        v = state["exp_avg_sq"] / state["maxva_weight"]
-    else:
-        key = "max_exp_avg_sq" if name == "AMSGrad" else "exp_avg_sq"
-        v = state[key] / (1 - BETA**t)
-    return 1 / (v.sqrt() + EPS)
+        return state["exp_avg_sq"] / state["maxva_weight"]
+    return state["max_exp_avg_sq" if name == "AMSGrad" else "exp_avg_sq"] / (1 - BETA**t)
 
 
 class Curves:
-    """Objective, S_1 and S_2 of one grid point, recorded at some iterations."""
+    """Objective, S_1 and S_2 of one grid point of each optimizer, recorded at some iterations."""
 
-    def __init__(self, name: str, grid: Grid, point: int) -> None:
-        self.name, self.grid, self.point = name, grid, point
-        self.update_size = torch.zeros_like(grid.theta[point])
+    def __init__(self, grids: dict[str, Grid], chosen: dict[str, int]) -> None:
+        self._rows = [(name, grid, chosen[name]) for name, grid in grids.items()]
+        self.update_size = self._stacked(lambda name, grid, point: grid.theta[point]).zero_()
         self.total_change = torch.zeros_like(self.update_size)
         self.step = torch.zeros_like(self.update_size)
         self.records: list[Tensor] = []
 
     def observe(self, t: int) -> None:
         """Accumulates S_1 and S_2 over update number t; the step before the first counts as 0."""
-        step = adaptive_step(self.name, self.grid.state(self.point), t)
-        self.update_size += (self.grid.grad[self.point] * step) ** 2
-        self.total_change += (step - self.step).abs()
+        v = self._stacked(lambda name, grid, point: second_moment(name, grid.state(point), t))
+        step = v.sqrt_().add_(EPS).reciprocal_()
+        gradients = self._stacked(lambda name, grid, point: grid.grad[point])
+        self.update_size += gradients.mul_(step).square_()
+        self.total_change += self.step.sub_(step).abs_()
         self.step = step
 
     def record(self) -> None:
-        value = objective(self.grid.theta[self.point])
+        value = objective(self._stacked(lambda name, grid, point: grid.theta[point]))
         self.records.append(torch.stack([value, self.update_size, self.total_change]))
 
-    def summary(self) -> dict[str, dict[str, list[float]]]:
-        """Median and standard error over the trials, at each recorded iteration."""
-        values = torch.stack(self.records)
+    def summary(self, index: int) -> dict[str, dict[str, list[float]]]:
+        """Median and standard error over the trials of one optimizer, at each recorded iteration."""
+        values = torch.stack(self.records)[:, :, index]
         median = values.quantile(0.5, dim=-1)
         error = values.std(dim=-1) / math.sqrt(values.shape[-1])
         return {
             key: {"median": median[:, i].tolist(), "standard_error": error[:, i].tolist()}
             for i, key in enumerate(("objective", "update_size", "total_change"))
         }
+
+    def _stacked(self, value: Callable[[str, Grid, int], Tensor]) -> Tensor:
+        return torch.stack([value(*row) for row in self._rows])
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -119,14 +121,15 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def record_at(iterations: int) -> list[int]:
-    """The iterations that are recorded: every decade and about 25 in each, up to the last."""
+    """The iterations that curves are recorded at: 125, evenly over their logarithm, and decades."""
     last = math.log10(iterations)
-    return sorted({round(10 ** (last * i / 124)) for i in range(125)} | set(decades(iterations)))
+    even = {round(10 ** (last * i / 124)) for i in range(125)}
+    return sorted(even | {10**i for i in range(int(last) + 1)})
 
 
-def decades(iterations: int) -> list[int]:
-    """The iterations at which successes are counted: 1000, 10000 ... and the last."""
-    return [t for t in (1000, 10_000, 100_000) if t < iterations] + [iterations]
+def count_at(iterations: int) -> list[int]:
+    """The iterations that successes are counted at: 1000, 10000 ... and the last."""
+    return [t for t in (1000, 10_000) if t < iterations] + [iterations]
 
 
 def run(study: Study, trials: int, seed: int) -> dict[str, Any]:
@@ -148,20 +151,18 @@ def run(study: Study, trials: int, seed: int) -> dict[str, Any]:
         name: build_grid(make, [{"lr": lr} for lr in study.lrs[name]], start)
         for name, make in OPTIMIZERS.items()
     }
-    curves = [
-        Curves(name, grid, study.lrs[name].index(study.drawn[name])) for name, grid in grids.items()
-    ]
-    recorded, counted = record_at(study.iterations), decades(study.iterations)
+    curves = Curves(grids, {name: study.lrs[name].index(lr) for name, lr in study.drawn.items()})
+    recorded, counted = record_at(study.iterations), count_at(study.iterations)
     pending, successes = set(recorded), {name: [] for name in grids}
     for t in trange(1, study.iterations + 1, desc="nonconvex", disable=None, leave=False):
-        sample = torch.randint(SAMPLES, (trials,), generator=generator)
+        if t % BLOCK == 1:
+            block = factors(torch.randint(SAMPLES, (BLOCK, trials), generator=generator))
         for grid in grids.values():
-            grid.grad.copy_(gradient(grid.theta, sample))
+            torch.clamp(grid.theta, -1, 1, out=grid.grad).mul_(block[(t - 1) % BLOCK])
             grid.optimizer.step()
-        for curve in curves:
-            curve.observe(t)
-            if t in pending:
-                curve.record()
+        curves.observe(t)
+        if t in pending:
+            curves.record()
         if t in counted:
             for name, grid in grids.items():
                 successes[name].append((grid.theta.abs() < RADIUS).sum(dim=-1).tolist())
@@ -177,7 +178,8 @@ def run(study: Study, trials: int, seed: int) -> dict[str, Any]:
         ],
         "iterations": recorded,
         "curves": {
-            curve.name: {"lr": study.drawn[curve.name], **curve.summary()} for curve in curves
+            name: {"lr": study.drawn[name], **curves.summary(index)}
+            for index, name in enumerate(grids)
         },
     }
 
