@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ FULL = Study(
     drawn=DRAWN,
 )
 QUICK = Study(
-    iterations=10_000,
+    iterations=5000,
     lrs={"Adam": [0.8], "AMSGrad": [0.8, 1.2], "MAdam": [1.2]},
     drawn=DRAWN,
 )
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] =
 
 
 def objective(theta: Tensor) -> Tensor:
-    """f of Eq. 11: the eleven terms add up to a Huber function."""
+    """Eq. 11 as a whole: its eleven terms add up to a Huber function."""
     size = theta.abs()
     return torch.where(size <= 1, 0.5 * theta**2, size - 0.5)
 
@@ -98,7 +98,7 @@ class Curves:
         self.records.append(torch.stack([value, self.update_size, self.total_change]))
 
     def summary(self, index: int) -> dict[str, dict[str, list[float]]]:
-        """Median and standard error over the trials of one optimizer, at each recorded iteration."""
+        """Median and standard error over the trials of one optimizer, at each record."""
         values = torch.stack(self.records)[:, :, index]
         median = values.quantile(0.5, dim=-1)
         error = values.std(dim=-1) / math.sqrt(values.shape[-1])
@@ -172,9 +172,7 @@ def run(study: Study, trials: int, seed: int) -> dict[str, Any]:
         "success": [
             _success_row(name, lr, trials, dict(zip(counted, counts, strict=True)))
             for name in grids
-            for lr, counts in zip(
-                study.lrs[name], zip(*successes[name], strict=True), strict=True
-            )
+            for lr, counts in zip(study.lrs[name], zip(*successes[name], strict=True), strict=True)
         ],
         "iterations": recorded,
         "curves": {

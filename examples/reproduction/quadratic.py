@@ -59,8 +59,7 @@ FULL = Study(
     lrs=LRS,
     betas=BETAS,
 )
-QUICK = Study(steps=1000, settings=[FIGURE_3], lrs=LRS[2:10], betas=[0.8, 0.9, 0.99])
-
+QUICK = Study(steps=1000, settings=[FIGURE_3], lrs=LRS[2:7], betas=[0.8, 0.9])
 
 
 def only_first_setting(study: Study) -> Study:
@@ -86,7 +85,7 @@ def points(name: str, study: Study) -> list[dict[str, Any]]:
 
 
 def loss(theta: Tensor, h: Tensor) -> Tensor:
-    """f of Sec. 4.2 less its constant 1/2 sum(h sigma^2); coordinates are the axis before the last.
+    """The loss of Sec. 4.2 less its constant 1/2 sum(h sigma^2).
 
     Args:
         theta: [..., settings, repetitions, 2, trials].
