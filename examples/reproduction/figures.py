@@ -30,10 +30,12 @@ def draw_nonconvex(path: Path, study: dict[str, Any]) -> None:
                 ax, study["iterations"], **curve[key], label=f"{name}, $\\eta$ = {curve['lr']}",
                 color=COLORS[name],
             )  # fmt: skip
-        ax.set(xscale="log", yscale="log", xlabel="iteration", ylabel=label)
-    axes[0].set_ylim(1e-4, None)
+        ax.set(xscale="log", yscale="log", xlabel="iteration", title=label)
+    # runs that have converged fall to 0
+    highest = max(max(curve["objective"]["median"]) for curve in study["curves"].values())
+    axes[0].set_ylim(1e-4, 3 * highest)
     axes[0].legend()
-    axes[0].set_title(f"median and standard error of {study['trials']} runs", fontsize=9)
+    figure.supylabel(f"median and standard error of {study['trials']} runs", fontsize=9)
     _save(figure, path)
 
 
@@ -60,7 +62,7 @@ def draw_settings(path: Path, tables: list[dict[str, Any]]) -> None:
     tables = sorted(tables, key=lambda table: (table["h"], table["sigma"]))
     rows = len({table["h"][1] for table in tables})
     figure, axes = plt.subplots(
-        rows, len(tables) // rows, figsize=(10, 2.7 * rows), sharex=True, squeeze=False,
+        rows, len(tables) // rows, figsize=(9, 2.4 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for ax, table in zip(axes.flat, tables, strict=True):
@@ -98,5 +100,5 @@ def _point(row: dict[str, Any]) -> str:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=85)
     plt.close(figure)

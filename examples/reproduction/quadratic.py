@@ -60,6 +60,14 @@ FULL = Study(
     betas=BETAS,
 )
 QUICK = Study(steps=1000, settings=[FIGURE_3], lrs=LRS[2:7], betas=[0.8, 0.9])
+# Three noise levels around the best learning rates, cheap enough for a hundred seeds: curvature
+# cancels from the paths, so one h is enough.
+SEEDS = Study(
+    steps=1000,
+    settings=[FIGURE_3, *(Setting(20.0, sigma) for sigma in (0.1, 0.4))],
+    lrs=LRS[1:8],
+    betas=BETAS,
+)
 
 
 def only_first_setting(study: Study) -> Study:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
+
+import numpy as np
 
 # App. E; Adam "never converged" for any learning rate in [1e-4, 1].
 PAPER_SUCCESS = {
@@ -66,23 +67,38 @@ def loss_table(tables: list[dict[str, Any]]) -> str:
     return _markdown(header, rows)
 
 
-def variant_table(tables: dict[str, dict[str, Any]]) -> str:
-    """What the open choices do to the margin in one setting; `tables` by name of the noise."""
+def spread_table(many: dict[str, Any]) -> str:
+    """How far below Adam each study of one seed ends, by noise level and by how noise is drawn."""
+    noises = {"shared_noise": "shared", "independent_noise": "own of each point"}
     rows = [
         [
+            f"{table['sigma']:g}",
             noise,
             name,
             _reduction(row["reduction"]),
-            _spread(row["reduction_of_repetition"]),
+            *_spread(row["reduction_of_repetition"]),
             _spread_of_losses(table["optimizers"]["Adam"]),
             _spread_of_losses(row),
         ]
-        for noise, table in tables.items()
+        for key, noise in noises.items()
+        for table in sorted(many[key], key=lambda table: table["sigma"])
         for name, row in table["optimizers"].items()
         if name != "Adam"
     ]
-    header = ["noise", "optimizer", "below Adam, all trials", "per repetition", "best Adam", "best"]
-    return _markdown(header, rows)
+    return _markdown(
+        [
+            "sigma",
+            "noise",
+            "optimizer",
+            "below Adam, all trials",
+            "of one seed: mean",
+            "5 to 95 %",
+            "all",
+            "best Adam of one seed",
+            "best of one seed",
+        ],
+        rows,
+    )
 
 
 def _best(row: dict[str, Any]) -> str:
@@ -94,13 +110,20 @@ def _reduction(value: dict[str, float]) -> str:
     return f"{value['value']:.1%} ± {value['standard_error']:.1%}"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.0%} ({min(values):.0%} to {max(values):.0%})"
+def _spread(values: list[float]) -> list[str]:
+    """Mean with its standard error, the middle nine tenths, and the extremes."""
+    low, high = np.quantile(values, [0.05, 0.95])
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return [
+        f"{np.mean(values):.1%} ± {error:.1%}",
+        f"{low:.0%} to {high:.0%}",
+        f"{min(values):.0%} to {max(values):.0%}",
+    ]
 
 
 def _spread_of_losses(row: dict[str, Any]) -> str:
     values = [best["loss"] for best in row["best_of_repetition"]]
-    return f"{statistics.mean(values):.2e} ({min(values):.2e} to {max(values):.2e})"
+    return f"{np.mean(values):.2e} ({min(values):.2e} to {max(values):.2e})"
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
