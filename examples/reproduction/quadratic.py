@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,12 +68,6 @@ SEEDS = Study(
     lrs=LRS[1:8],
     betas=BETAS,
 )
-
-
-def only_first_setting(study: Study) -> Study:
-    """The same study of one setting."""
-    return replace(study, settings=study.settings[:1])
-
 
 MAXVA = {"betas": (ALPHA, BETA_MAX), "beta_min": BETA_MIN}
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {

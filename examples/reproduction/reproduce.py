@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     many = range(arguments.seed, arguments.seed + arguments.repetitions * (1 if quick else 10))
     runs = quadratic.simulate(study, arguments.trials, many)
     shared = quadratic.summarize(study, runs)
-    study = quadratic.only_first_setting(study)
+    study = dataclasses.replace(study, settings=study.settings[:1])
     runs = quadratic.simulate(study, arguments.trials, many, independent_noise=True)
     return {
         "nonconvex": sampled,
@@ -125,7 +126,7 @@ def report(results: dict[str, Any]) -> str:
         tables.curve_table(results["nonconvex"]),
         f"Noisy quadratic model: best loss after {quadratic_model['steps']} steps (lr, beta)",
         tables.loss_table(quadratic_model["settings"]),
-        f"Noisy quadratic model: how much {len(many['seeds'])} seeds differ",
+        f"Noisy quadratic model: each of {len(many['seeds'])} seeds a study of its own",
         tables.spread_table(many),
         f"{results['environment']['seconds']} s",
     ])  # fmt: skip

@@ -113,9 +113,9 @@ def _reduction(value: dict[str, float]) -> str:
 def _spread(values: list[float]) -> list[str]:
     """Mean with its standard error, the middle nine tenths, and the extremes."""
     low, high = np.quantile(values, [0.05, 0.95])
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1%}" if len(values) > 1 else ""
     return [
-        f"{np.mean(values):.1%} ± {error:.1%}",
+        f"{np.mean(values):.1%}{error}",
         f"{low:.0%} to {high:.0%}",
         f"{min(values):.0%} to {max(values):.0%}",
     ]
