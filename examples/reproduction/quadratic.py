@@ -68,6 +68,7 @@ SEEDS = Study(
     lrs=LRS[1:8],
     betas=BETAS,
 )
+QUICK_SEEDS = Study(steps=100, settings=[FIGURE_3], lrs=[0.03, 0.04], betas=[0.9])
 
 MAXVA = {"betas": (ALPHA, BETA_MAX), "beta_min": BETA_MIN}
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
