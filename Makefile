@@ -24,11 +24,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test test-external test-failure pretrain bench wheel gpu lint clean
+.PHONY: help test test-external test-failure pretrain reproduce bench wheel gpu lint clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | sed -n '1,7p'
-	@echo "Targets: test, test-external, test-failure, pretrain, bench, wheel, gpu, lint, clean"
+	@echo "Targets: test, test-external, test-failure, pretrain, reproduce, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -65,6 +65,10 @@ test-failure: $(STAMPS)/extension
 
 pretrain: $(STAMPS)/extension
 	$(PY) $(if $(PROCS),-m torch.distributed.run --standalone --nproc-per-node $(PROCS)) examples/bert_pretraining/pretrain.py $(ARGS)
+
+# the paper's synthetic studies (docs/reproduction.md), into runs/reproduction
+reproduce: $(STAMPS)/extension
+	$(PY) examples/reproduction/reproduce.py $(ARGS)
 
 bench: $(STAMPS)/extension
 	$(PY) -m pytest bench --results bench/results/latest \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -10,11 +9,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from example_modules import import_example
 
 for needed in ("transformers", "tokenizers", "tensorboard", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
@@ -26,21 +25,7 @@ RANKS = Path(__file__).with_name("bert_ranks.py")
 STEPS = 6
 
 
-def _import_example() -> SimpleNamespace:
-    # The modules have everyday names: none may stay behind for the tests of another example.
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).parent == FOLDER:
-                del sys.modules[name]
-
-
-example = _import_example()
+example = import_example(FOLDER, MODULES)
 
 
 def write_corpus(path: Path) -> Path:
