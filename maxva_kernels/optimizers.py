@@ -603,7 +603,7 @@ class FusedMAdam(MaxVA):
     `torch.optim.AdamW` or `apex.optimizers.FusedAdam` works with the class name changed.
 
     Parameters may be DTensors (FSDP2, tensor parallelism): their states are, too, and norms are
-    those of whole tensors. With FSDP1 trust_ratio, max_grad_norm and skip_nonfinite are refused.
+    those of whole tensors. FSDP1 refuses trust_ratio, max_grad_norm, skip_nonfinite and collect_stats.
 
     Args:
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, any shape.
@@ -634,7 +634,8 @@ class FusedMAdam(MaxVA):
             updates below half a unit in the last place are not lost; instead of master_weights.
             The random bits depend on rounding_seed, the parameter's index in the optimizer, the
             element's index in the whole parameter and the number of the update alone: they are the
-            same on every backend, thread count and sharding, and after resuming.
+            same on every backend, thread count and sharding, and after resuming (but not where an
+            engine gives every rank an optimizer of its own, as ZeroRedundancyOptimizer does).
         rounding_seed: in [0, 2^63).
         state_dtype, fp32_state_below: reserved; other values than the default raise
             NotImplementedError.

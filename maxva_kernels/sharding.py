@@ -163,7 +163,7 @@ class Sharding:
                     raise NotImplementedError(
                         f"{describe(group, index, p)} is a shard of FSDP1, whose norm is not "
                         f"known here: {', '.join(wanted)} cannot be used. Use fully_shard (FSDP2); "
-                        f"or, for max_grad_norm and skip_nonfinite of fully sharded parameters, "
+                        f"or, for all but trust_ratio and where parameters are fully sharded, "
                         f"norm_process_group="
                     )
 

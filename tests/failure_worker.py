@@ -1,6 +1,6 @@
 """What `test_failure.py` kills: a small network trained with the example's checkpoints and groups.
 
-BERT would take ten times as long to start. The agent is torchrun's; it imports torch once and
+BERT would take ten times as long to start. The launcher is torchrun's; it imports torch once and
 forks. The first processes also train undisturbed, for comparison. Files in the folder say how far
 they are (`events`, `process-<restart>-<rank>`) and let them go on (`go-<restart>`, and `finish`
 before the last step).

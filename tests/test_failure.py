@@ -67,7 +67,7 @@ def sound_steps(out: Path) -> list[int]:
 
 
 class Job:
-    """Training under an agent that starts the processes anew when one has died."""
+    """Training under a launcher that starts the processes anew when one has died."""
 
     def __init__(self, folder: Path, mode: str, restarts: int) -> None:
         self.folder = folder
