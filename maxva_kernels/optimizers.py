@@ -603,7 +603,8 @@ class FusedMAdam(MaxVA):
     `torch.optim.AdamW` or `apex.optimizers.FusedAdam` works with the class name changed.
 
     Parameters may be DTensors (FSDP2, tensor parallelism): their states are, too, and norms are
-    those of whole tensors. FSDP1 refuses trust_ratio, max_grad_norm, skip_nonfinite and collect_stats.
+    those of whole tensors. With FSDP1 trust_ratio, max_grad_norm, skip_nonfinite and collect_stats
+    are refused.
 
     Args:
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, any shape.
