@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shlex
 import sys
@@ -299,42 +300,44 @@ def listing(device: torch.device) -> str:
     return "\n".join(lines)
 
 
-def measure(plan: Plan, options: argparse.Namespace) -> tuple[list[Row], bool]:
-    """Runs every comparison; returns the rows and whether all results were right."""
+def measure(
+    plan: Plan, options: argparse.Namespace, save: Callable[[list[Row]], None]
+) -> tuple[list[Row], bool]:
+    """Runs every comparison; returns the rows and whether all results were right.
+
+    `save` gets all rows so far after each of them, so that an interrupted run is not lost.
+    """
     rows: list[Row] = []
     right = True
     trace = options.trace
-    for model in plan.models:
-        for dtype in plan.dtypes:
-            for contenders, baseline in plan.comparisons:
-                for threads in plan.threads:
-                    case = Case(model, dtype, contenders, baseline, plan.device, threads)
-                    fitted = _fitted(case, free_bytes(plan.device))
-                    if fitted is None:
-                        continue
-                    if threads:
-                        torch.set_num_threads(threads)
-                    for part in fitted.fitting(free_bytes(plan.device)):
-                        comparison = Comparison(replace(fitted, contenders=part))
-                        right &= _tell(comparison)
-                        comparison.run(options.rounds, options.seconds)
-                        known = {(r["model"], *(r[key] for key in report.KEY)) for r in rows}
-                        rows += [
-                            row
-                            for row in comparison.rows()
-                            if (row["model"], *(row[key] for key in report.KEY)) not in known
-                        ]
-                        if trace:
-                            write_trace(comparison, trace)
-                            trace = None
-                        del comparison
-                        if plan.device.type == "cuda":
-                            torch.cuda.empty_cache()
+    for model, dtype, (contenders, baseline), threads in itertools.product(
+        plan.models, plan.dtypes, plan.comparisons, plan.threads
+    ):
+        if threads:
+            torch.set_num_threads(threads)
+        case = _fitted(Case(model, dtype, contenders, baseline, plan.device, threads))
+        parts = case.fitting(free_bytes(plan.device)) if case else []
+        for index, part in enumerate(parts):
+            assert case is not None
+            comparison = Comparison(replace(case, contenders=part))
+            right &= _tell(comparison)
+            comparison.run(options.rounds, options.seconds)
+            found = comparison.rows()
+            # the baseline is in every part, and has its row from the first
+            rows += [row for row in found if not index or report.label(row) != baseline.label]
+            save(rows)
+            if trace:
+                write_trace(comparison, trace)
+                trace = None
+            del comparison
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
     return rows, right
 
 
-def _fitted(case: Case, free: int) -> Case | None:
+def _fitted(case: Case) -> Case | None:
     """The case with a model that fits in memory; says so where it had to be changed."""
+    free = free_bytes(case.device)
     model = case.model.shrunk_to(case.largest_numel(free))
     if model is None:
         needed = max(case.bytes_needed([case.baseline, c]) for c in case.contenders)
@@ -390,7 +393,18 @@ def run(arguments: list[str] | None) -> int:
     if options.compare:
         old = report.read(options.compare)
         report.check_comparable(old, about, options.compare)
-    rows, right = measure(plan, options)
+    if plan.device.type == "cpu" and about["load"] > about["cores"] / 4:
+        _say(
+            f"other programs use this machine (load {about['load']} on {about['cores']} cores): "
+            "threads that wait for each other suffer most; --threads 1 gives the steadiest ratios"
+        )
+
+    def save(rows: list[Row]) -> None:
+        if options.json:
+            content = report.document(rows, about, plan.missing)
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+    rows, right = measure(plan, options, save)
     for name, reason in plan.missing.items():
         _say(f"not measured: {name}: {reason}")
     if not rows:
@@ -398,9 +412,6 @@ def run(arguments: list[str] | None) -> int:
         return 2 if right else 1
     text = report.table(rows, about)
     print(text)
-    if options.json:
-        content = report.document(rows, about, plan.missing)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
     if options.markdown:
         options.markdown.write_text(text + "\n")
     if options.plots:

@@ -177,8 +177,11 @@ class Comparison:
             else:
                 step()
             extra_bytes, launches = peak_extra_bytes(step, device), count_launches(step, device)
-            kernel = self._clock.kernel(step)
-            host = self._host(contender) if device.type == "cpu" else None
+            kernel = host = None
+            if device.type == "cuda":
+                kernel = self._clock.kernel(step)
+            elif contender.in_operators:
+                kernel, host = self._clock.kernel(step), self._host(contender)
         except WrongResultError as error:
             self.problems.wrong[contender.label] = str(error)
             return
@@ -199,7 +202,7 @@ class Comparison:
         found = self._clock.step(step)
         return found if kernel is None else {**found, "kernel": kernel()}
 
-    def _host(self, contender: Contender) -> float | None:
+    def _host(self, contender: Contender) -> float:
         """On a CPU: a step's time outside of operators, over as many tensors of one element.
 
         Beside large tensors the difference of two noisy times would hide it.
@@ -216,8 +219,6 @@ class Comparison:
             with OperatorTimer(time.perf_counter) as timer:
                 step()
             inside.append(timer.seconds)
-        if not any(inside):
-            return None
         outside: float = statistics.median(whole) - statistics.median(inside)
         return max(0.0, outside)
 

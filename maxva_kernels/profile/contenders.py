@@ -49,8 +49,10 @@ class Other:
         state: bytes of an element of its states; None for the parameter's dtype.
         keeps_master: whether it has float32 master weights of its own; where not, it is given
             float32 parameters in the modes with a master copy.
-        bytes_known: False for one whose traffic is no floor but a chain of operations.
+        temporaries: copies of the parameters that a step makes on the way. Its traffic is then a
+            chain of operations, and no floor is known.
         low_precision: whether it takes bfloat16 and float16 parameters.
+        operators: whether it computes in torch operators, whose time can be told on a CPU.
     """
 
     module: str
@@ -59,8 +61,9 @@ class Other:
     devices: tuple[str, ...] = ("cpu", "cuda")
     state: int | None = None
     keeps_master: bool = False
-    bytes_known: bool = True
+    temporaries: int = 0
     low_precision: bool = True
+    operators: bool = True
 
     def why_not(self, device_type: str) -> str | None:
         """Why it is not available on a device here; None where it is."""
@@ -103,8 +106,8 @@ _GPU = ("cuda",)
 _AMSGRAD = frozenset({"amsgrad"})
 OTHERS: dict[str, Other] = {
     BASELINE: Other("torch", _adamw(fused=True), _AMSGRAD),
-    "AdamW-foreach": Other("torch", _adamw(foreach=True), _AMSGRAD, bytes_known=False),
-    "MAdam-foreach": Other("torch", _foreach_madam, bytes_known=False, low_precision=False),
+    "AdamW-foreach": Other("torch", _adamw(foreach=True), _AMSGRAD, temporaries=1),
+    "MAdam-foreach": Other("torch", _foreach_madam, temporaries=6, low_precision=False),
     "apex-FusedAdam": Other(
         "amp_C",  # apex without its extensions imports, but has no fused optimizers
         _imported(
@@ -129,7 +132,9 @@ OTHERS: dict[str, Other] = {
         "deepspeed", _imported("deepspeed.ops.adam", "FusedAdam"), devices=_GPU
     ),
     "deepspeed-CPUAdam": Other(
-        "deepspeed", _imported("deepspeed.ops.adam", "DeepSpeedCPUAdam"), devices=("cpu",), state=4
+        "deepspeed",
+        _imported("deepspeed.ops.adam", "DeepSpeedCPUAdam"),
+        devices=("cpu",), state=4, operators=False,
     ),
 }  # fmt: skip
 
@@ -189,6 +194,11 @@ class Contender:
     def _other(self) -> Other:
         return OTHERS[self.kind]
 
+    @property
+    def in_operators(self) -> bool:
+        """Whether it computes in torch operators."""
+        return self.algorithm is not None or self._other.operators
+
     def dtypes(self, mode: DtypeMode) -> DtypeMode:
         """The dtypes that it is given in a mode."""
         return mode if self.algorithm or self._other.keeps_master else mode.without_master
@@ -208,18 +218,19 @@ class Contender:
         mode = self.dtypes(mode)
         if self.algorithm:
             return maxva_bytes(self.algorithm, mode, self.extras)
-        return adam_bytes(mode, self.extras, self._other.state) if self._other.bytes_known else None
+        if self._other.temporaries:
+            return None
+        return adam_bytes(mode, self.extras, self._other.state)
 
     def state_bytes(self, mode: DtypeMode) -> int:
-        """What its states take per parameter, a master copy included."""
+        """What its states take per parameter, a master copy and temporary lists included."""
         mode = self.dtypes(mode)
-        states = (2 if self.algorithm is None else 4) + ("amsgrad" in self.extras)
-        element = mode.state.itemsize
-        if self.algorithm is None and self._other.bytes_known:
+        if self.algorithm:
+            states, element = 4, mode.state.itemsize
+        else:
+            states = (4 if self.kind == "MAdam-foreach" else 2) + self._other.temporaries
             element = self._other.state or mode.theta.itemsize
-        if self.kind == "MAdam-foreach":
-            states += 6  # and its intermediate lists
-        return states * element + (4 if mode.master else 0)
+        return (states + ("amsgrad" in self.extras)) * element + (4 if mode.master else 0)
 
     def make(self, groups: Groups, mode: DtypeMode) -> tuple[torch.optim.Optimizer, Step]:
         """The optimizer, and its step with whatever clipping goes before it."""
@@ -233,7 +244,7 @@ class Contender:
             ours = OURS[self.kind](groups, lr=LR, capturable=on_gpu, **options)
             return ours, ours.step
         options = {"amsgrad": True} if "amsgrad" in self.extras else {}
-        if self._other.module == "torch" and self.kind != "MAdam-foreach" and on_gpu:
+        if self.kind.startswith("AdamW-") and on_gpu:
             options["capturable"] = True
         optimizer = self._other.make(groups, mode, options)
         for group in optimizer.param_groups:

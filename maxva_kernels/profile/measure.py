@@ -157,8 +157,7 @@ class CpuClock:
                 step()
             return float(timer.seconds)
 
-        # an extension that is called around the dispatcher shows no operators
-        return ("operators", timed) if timed() > 0 else None
+        return "operators", timed
 
     def stream(self, step: Step) -> float:
         start = self._now()
@@ -242,7 +241,7 @@ class CudaClock:
 
 
 def traced(*activities: str, **options: Any) -> torch.profiler.profile:
-    """torch's profiler over activities of these names, less its reports on stderr."""
+    """The profiler of torch over activities of these names, less its reports on stderr."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     chosen = [getattr(torch.profiler.ProfilerActivity, name) for name in activities]
     return torch.profiler.profile(activities=chosen, **options)
@@ -355,6 +354,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     about: dict[str, Any] = {
         "device": _cpu_name() if cpu else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "maxva_kernels": __version__,

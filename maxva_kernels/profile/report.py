@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,24 +219,24 @@ def plot_roofline(rows: list[Row], about: Row, path: Path) -> None:
     """Rate of kernels and of whole steps over the bytes that they move, under the bandwidth."""
     shown = [row for row in rows if row["gb_per_s"] is not None]
     figure, axes = _figure(about, 8, 5)
+    kinds = list(dict.fromkeys(f"{label(row)}, {row['dtype']}{_threads(row)}" for row in shown))
     for row in shown:
+        kind = f"{label(row)}, {row['dtype']}{_threads(row)}"
+        color = f"C{kinds.index(kind) % 10}"
         moved = row["bytes_per_parameter"] * row["parameters"]
         step = moved / row["step_ms"] / 1e6
-        axes.plot([moved, moved], [step, row["gb_per_s"]], color=_color(row), linewidth=0.8)
-        axes.plot(moved, row["gb_per_s"], "o", color=_color(row), markersize=5)
-        axes.plot(moved, step, "o", color=_color(row), markersize=5, fillstyle="none")
-        axes.annotate(
-            f"{label(row)}\n{row['model']}, {row['dtype']}",
-            (moved, row["gb_per_s"]), fontsize=5, xytext=(4, -4), textcoords="offset points",
-        )  # fmt: skip
-    roof = max((row["bandwidth_gb_per_s"] for row in shown), default=None)
-    if roof:
-        axes.axhline(roof, color=_ROOF, linewidth=1, linestyle="--")
-        yardstick = STREAMS["cuda" if "cuda" in about else "cpu"][0]
-        axes.text(0.01, roof, yardstick, color=_ROOF, fontsize=8, va="bottom",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
+        axes.plot([moved, moved], [step, row["gb_per_s"]], color=color, linewidth=0.8)
+        axes.plot(moved, row["gb_per_s"], "o", color=color, markersize=6)
+        axes.plot(moved, step, "o", color=color, markersize=6, fillstyle="none")
+    for kind in kinds:
+        axes.plot([], [], "o", color=f"C{kinds.index(kind) % 10}", label=kind)
+    roof = statistics.median(row["bandwidth_gb_per_s"] for row in rows)
+    yardstick = STREAMS["cuda" if "cuda" in about else "cpu"][0]
+    axes.axhline(roof, color=_ROOF, linewidth=1, linestyle="--", label=f"bandwidth: {yardstick}")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.margins(x=0.1)
     axes.set_xlabel("bytes that a step must move")
-    axes.set_ylabel("GB/s: kernel (full), whole step() (hollow)")
+    axes.set_ylabel("GB/s: kernels (full), whole step() (hollow)")
     _save(figure, path)
