@@ -7,6 +7,7 @@ that has to be changed.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import itertools
 import json
@@ -330,6 +331,7 @@ def measure(
                 write_trace(comparison, trace)
                 trace = None
             del comparison
+            gc.collect()  # its callables refer to it
             if plan.device.type == "cuda":
                 torch.cuda.empty_cache()
     return rows, right

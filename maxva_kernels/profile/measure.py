@@ -7,6 +7,7 @@ time as an argument, so that tests can bring their own.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import platform
@@ -280,6 +281,7 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what is freed in between would be counted
     with traced("CPU", profile_memory=True) as trace:
         step()
     found = trace.profiler.kineto_results.events()
