@@ -45,7 +45,7 @@ def test_step(name: str, benchmark: Any, results: list[Row]) -> None:
     comparison = Comparison(case)
     slow = backend == "eager" or "MAdam-foreach" in others
     small = case.model.numel < 1 << 20
-    benchmark.pedantic(comparison, rounds=100 if small else 7 if slow else 25, iterations=1)
+    benchmark.pedantic(comparison, rounds=100 if small else 5 if slow else 25, iterations=1)
     rows = comparison.rows()
     results += rows
     benchmark.extra_info |= {f"{row['optimizer']} ({row['backend']})": row for row in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ from maxva_kernels.profile.verify import WrongResultError, check_step
 Row = dict[str, Any]
 #: Steps over one-element tensors whose median is the host's time on a CPU.
 _HOST_STEPS = 9
+#: Copies of one parameter that the eager backend holds at the most.
+_EAGER_TEMPORARIES = 10
 
 
 @dataclass
@@ -85,7 +88,11 @@ class Case:
         kinds = {(d.theta, d.grad) for d in (c.dtypes(self.mode) for c in contenders)}
         shared = sum(theta.itemsize + grad.itemsize for theta, grad in kinds)
         states = sum(c.state_bytes(self.mode) for c in contenders)
-        return numel * (shared + states) + 2 * 4 * self.yardstick_numel + FLUSH_BYTES
+        fixed = 2 * 4 * self.yardstick_numel + FLUSH_BYTES
+        if any(c.backend == "eager" for c in contenders):
+            largest = max(math.prod(shape) for shape, _ in self.model.shapes)
+            fixed += _EAGER_TEMPORARIES * self.mode.state.itemsize * largest
+        return numel * (shared + states) + fixed
 
     def fitting(self, free: int) -> list[list[Contender]]:
         """Parts of the contenders, each with the baseline, that fit in memory one at a time."""

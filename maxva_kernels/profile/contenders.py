@@ -107,7 +107,7 @@ _AMSGRAD = frozenset({"amsgrad"})
 OTHERS: dict[str, Other] = {
     BASELINE: Other("torch", _adamw(fused=True), _AMSGRAD),
     "AdamW-foreach": Other("torch", _adamw(foreach=True), _AMSGRAD, temporaries=1),
-    "MAdam-foreach": Other("torch", _foreach_madam, temporaries=6, low_precision=False),
+    "MAdam-foreach": Other("torch", _foreach_madam, temporaries=7, low_precision=False),
     "apex-FusedAdam": Other(
         "amp_C",  # apex without its extensions imports, but has no fused optimizers
         _imported(
