@@ -44,7 +44,7 @@ $(STAMPS)/extension: $(STAMPS)/dependencies setup.py $(wildcard csrc/*)
 ifeq ($(VENV),none)
 	$(PIP) --no-index --no-deps --no-build-isolation --editable .
 else
-	$(PIP) --no-build-isolation --editable ".[test,bench,bert]"
+	$(PIP) --no-build-isolation --editable ".[test,bench,bert,trainers]"
 endif
 	@touch $@
 

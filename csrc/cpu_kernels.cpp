@@ -96,24 +96,47 @@ MAXVA_INLINE void divide_block(const T* __restrict from, T divisor, T* __restric
   for (int64_t i = 0; i < n; ++i) to[i] = from[i] / divisor;
 }
 
-template <typename T, typename F>
-MAXVA_INLINE double sum_of(const T* __restrict x, int64_t n, const F& fn) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += fn(x[i]);
-  return sum;
-}
-
-// c: 1 - beta_t of a block.
+// The sums of statistics.h over a chunk, in lanes that are added up at its end: a sum in one
+// variable would wait for each of its additions. Squares below the compute type's range are lost.
 template <typename T>
-MAXVA_INLINE void add_observations(const T* __restrict c, const T* __restrict g_raw, int64_t n,
-                                   const Scalars<T>& s, double* statistics) {
-  const T c_min = s.c_min, c_max = s.c_max;
-  statistics[kGradientSquares] += sum_of_squares_of(g_raw, n);
-  statistics[kOneMinusBeta] += sum_of(c, n, [](T x) { return x; });
-  statistics[kAtBetaMin] += sum_of(c, n, [=](T x) { return x == c_max ? T(1) : T(0); });
-  statistics[kAtBetaMax] += sum_of(c, n, [=](T x) { return x == c_min ? T(1) : T(0); });
-}
+struct ChunkStatistics {
+  static constexpr int kLanes = 16;
+  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  alignas(64) T squares[kLanes] = {}, sums[kLanes] = {}, steps[kLanes] = {};
+  alignas(64) Count at_beta_min[kLanes] = {}, at_beta_max[kLanes] = {};
+
+  MAXVA_INLINE void add_one(T c, T length, T g, int lane, T c_min, T c_max) {
+    squares[lane] += g * g;
+    sums[lane] += c;
+    steps[lane] += length;
+    at_beta_min[lane] += c == c_max;
+    at_beta_max[lane] += c == c_min;
+  }
+
+  // Of a block, at most: 1 - beta_t in c, step lengths, gradients.
+  MAXVA_INLINE void add(const T* __restrict c, const T* __restrict length,
+                        const T* __restrict g_raw, int64_t n, const Scalars<T>& s) {
+    const T c_min = s.c_min, c_max = s.c_max;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      MAXVA_VECTORIZE
+      for (int k = 0; k < kLanes; ++k) {
+        add_one(c[i + k], length[i + k], g_raw[i + k], k, c_min, c_max);
+      }
+    }
+    for (int k = 0; i < n; ++i, ++k) add_one(c[i], length[i], g_raw[i], k, c_min, c_max);
+  }
+
+  MAXVA_INLINE void total(double* statistics) const {
+    for (int k = 0; k < kLanes; ++k) {
+      statistics[kGradientSquares] += double(squares[k]);
+      statistics[kOneMinusBeta] += double(sums[k]);
+      statistics[kAtBetaMin] += double(at_beta_min[k]);
+      statistics[kAtBetaMax] += double(at_beta_max[k]);
+      statistics[kStepSize] += double(steps[k]);
+    }
+  }
+};
 
 // Random words of elements [i, i + n) of a tensor; `words` has room for three more on either side.
 MAXVA_INLINE const uint32_t* random_block(const RandomBits& random, int64_t i, int64_t n,
@@ -151,36 +174,34 @@ MAXVA_INLINE void gradient_block(const T* __restrict g_raw, const T* __restrict 
 
 // Note [Variants]
 // What most steps do not use (L2, nesterov, eps inside the root; clipping and maximize) costs an
-// eighth of the instructions. In kPlain its scalars are constants, and the compiler drops it.
-// kCollecting also leaves what statistics are made of; all three give the same bits.
-enum Variant { kPlain, kGeneral, kCollecting };
+// eighth of the instructions. With kPlain its scalars are constants, and the compiler drops it.
+// With kCollect a block also leaves what statistics are made of. All variants give the same bits.
 
-// Leaves the observed gradient in g, unless it is g_raw itself (kPlain), and 1 - beta_t in c
-// (kCollecting).
-template <Variant kVariant, typename Ops, typename T>
+// Leaves the observed gradient in g, unless it is g_raw itself (kPlain), and 1 - beta_t in c.
+template <bool kPlain, bool kCollect, typename Ops, typename T>
 MAXVA_INLINE void observe_block(const T* __restrict g_raw, const T* __restrict theta,
                                 T* __restrict g, T* __restrict u, T* __restrict v, T* __restrict w,
                                 T* __restrict c, int64_t n, const Scalars<T>& scalars) {
   Scalars<T> s = scalars;
-  if constexpr (kVariant == kPlain) s.g_factor = T(1), s.l2 = T(0);
+  if constexpr (kPlain) s.g_factor = T(1), s.l2 = T(0);
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    const T gi = observed_gradient<Ops>(g_raw[i], kVariant == kPlain ? T(0) : theta[i], s);
+    const T gi = observed_gradient<Ops>(g_raw[i], kPlain ? T(0) : theta[i], s);
     T ui = u[i], vi = v[i], wi = w[i];
     const T ci = observe<Ops>(gi, ui, vi, wi, s);
-    if constexpr (kVariant == kCollecting) c[i] = ci;
-    if constexpr (kVariant != kPlain) g[i] = gi;
+    if constexpr (kCollect) c[i] = ci;
+    if constexpr (!kPlain) g[i] = gi;
     u[i] = ui, v[i] = vi, w[i] = wi;
   }
 }
 
-// Leaves the lengths of the steps in `length` (kCollecting).
-template <Variant kVariant, Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
+// With kCollect leaves the lengths of the steps in `length`.
+template <bool kPlain, bool kCollect, Algorithm kAlgorithm, bool kAmsgrad, typename Ops, typename T>
 MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __restrict m,
                               const T* __restrict v, const T* __restrict w, T* __restrict vmax,
                               T* __restrict length, int64_t n, const Scalars<T>& scalars) {
   Scalars<T> s = scalars;
-  if constexpr (kVariant == kPlain) s.nesterov_x = T(0), s.eps_inside = T(0);
+  if constexpr (kPlain) s.nesterov_x = T(0), s.eps_inside = T(0);
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
@@ -189,7 +210,7 @@ MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __r
     accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
     const T step = direction<kAlgorithm, Ops>(g[i], mi, normalize, s);
     theta[i] = moved_parameter<Ops>(theta[i], step, s);
-    if constexpr (kVariant == kCollecting) length[i] = step_length(step, s);
+    if constexpr (kCollect) length[i] = step_length(step, s);
     m[i] = mi;
     if constexpr (kAmsgrad) vmax[i] = maximum;
   }
@@ -232,10 +253,10 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
                                         Phase phase) {
   const Scalars<T> s = scalars;  // a copy that no store through a pointer can change
   SumsOfSquares sums{0, 0};
-  double statistics[kStatistics] = {};
-  BlockBuffer<T> theta_buffer, g_buffer, observed, update_buffer, c_buffer;
-  T* const c = c_buffer.values;
-  T* const length = update_buffer.values;
+  ChunkStatistics<T> statistics;
+  BlockBuffer<T> theta_buffer, g_buffer, observed, update_buffer;
+  alignas(64) T c[kBlock] = {};
+  T* const update = update_buffer.values;  // or the lengths of the steps
   auto* const m = static_cast<T*>(chunk.m);
   auto* const u = static_cast<T*>(chunk.u);
   auto* const v = static_cast<T*>(chunk.v);
@@ -245,8 +266,8 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   const DType moved_dtype = chunk.master ? DType::kFloat32 : chunk.theta_dtype;
   const bool frozen = s.eta == T(0);  // lr = 0: a copy is moved, and not stored
   const bool collect = chunk.statistics != nullptr;
-  const bool plain_gradient = !collect && s.g_factor == T(1) && s.l2 == T(0);
-  const bool plain_direction = !collect && s.nesterov_x == T(0) && s.eps_inside == T(0);
+  const bool plain_gradient = s.g_factor == T(1) && s.l2 == T(0);
+  const bool plain_direction = s.nesterov_x == T(0) && s.eps_inside == T(0);
   for (int64_t b = 0; b < chunk.n; b += kBlock) {
     const int64_t n = chunk.n - b < kBlock ? chunk.n - b : kBlock;
     T* const theta = theta_buffer.load(moved_dtype, moved, b, n, frozen);
@@ -264,38 +285,41 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     T* const vmax_b = kAmsgrad ? vmax + b : nullptr;
     if (phase == Phase::kParameters) {
       gradient_block<Ops>(g_raw, theta, observed.values, n, s);
-      parameters_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, length, n,
+      parameters_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, update, n,
                                                   s);
     } else if (plain_gradient) {
-      observe_block<kPlain, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
       g = g_raw;
+      if (collect) {
+        observe_block<true, true, Ops>(g, theta, observed.values, u + b, v + b, w + b, c, n, s);
+      } else {
+        observe_block<true, false, Ops>(g, theta, observed.values, u + b, v + b, w + b, c, n, s);
+      }
     } else if (collect) {
-      observe_block<kCollecting, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
-      Ops::add_observations(c, g_raw, n, s, statistics);
+      observe_block<false, true, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
     } else {
-      observe_block<kGeneral, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
+      observe_block<false, false, Ops>(g_raw, theta, observed.values, u + b, v + b, w + b, c, n, s);
     }
     if (phase == Phase::kStates) {
-      T* const update = update_buffer.values;
       states_block<kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b, update, n, s);
       sums.theta += sum_of_squares_of(theta, n);
       sums.update += sum_of_squares_of(update, n);
-      continue;
-    }
-    if (phase == Phase::kWhole) {
-      if (plain_direction) {
-        whole_block<kPlain, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
-                                                       length, n, s);
+    } else if (phase == Phase::kWhole) {
+      if (plain_direction && collect) {
+        whole_block<true, true, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                           update, n, s);
+      } else if (plain_direction) {
+        whole_block<true, false, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                            update, n, s);
       } else if (collect) {
-        whole_block<kCollecting, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
-                                                            length, n, s);
+        whole_block<false, true, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                            update, n, s);
       } else {
-        whole_block<kGeneral, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
-                                                         length, n, s);
+        whole_block<false, false, kAlgorithm, kAmsgrad, Ops>(g, theta, m + b, v + b, w + b, vmax_b,
+                                                             update, n, s);
       }
     }
-    if (collect) statistics[kStepSize] += sum_of(length, n, [](T x) { return x; });
-    if (frozen) continue;
+    if (collect) Ops::add_statistics(c, update, g_raw, n, s, statistics);
+    if (frozen || phase == Phase::kStates) continue;
     if (chunk.random && chunk.random->on) {
       Ops::store_stochastically(theta, static_cast<BFloat16*>(chunk.theta) + b, *chunk.random,
                                 chunk.first + b, n);
@@ -304,8 +328,10 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     }
   }
   if (collect) {
+    double totals[kStatistics] = {};
+    statistics.total(totals);
     for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
-      chunk.statistics[k] = statistics[k];
+      chunk.statistics[k] = totals[k];
     }
   }
   return sums;
@@ -328,9 +354,10 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
       maxva::store_stochastically(from, to, random, i, n);                                         \
     }                                                                                              \
     template <typename T>                                                                          \
-    target MAXVA_NO_INLINE static void add_observations(const T* c, const T* g_raw, int64_t n,     \
-                                                        const Scalars<T>& s, double* statistics) { \
-      maxva::add_observations(c, g_raw, n, s, statistics);                                         \
+    target MAXVA_NO_INLINE static void add_statistics(const T* c, const T* update, const T* g_raw, \
+                                                      int64_t n, const Scalars<T>& s,              \
+                                                      ChunkStatistics<T>& statistics) {            \
+      statistics.add(c, update, g_raw, n, s);                                                      \
     }                                                                                              \
   };                                                                                               \
   template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                       \

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Phase(enum.IntEnum):
-    """`enum class Phase` of csrc/cpu_kernels.h: the trust ratio alone needs two phases."""
+    """`enum class Phase` of csrc/step_scalars.h: the trust ratio alone needs two phases."""
 
     WHOLE = 0
     STATES = 1

@@ -68,9 +68,11 @@ class MaxVA(Optimizer):
     algorithm: ClassVar[str]
     # a class attribute: instance attributes do not survive deepcopy and pickle
     _step_supports_amp_scaling = True
-    _backend = "auto"
-    _norm_group: NormGroup | None = None
-    _statistics: StepStatistics | None = None
+    # no class attributes: Lightning's wrapper inherits from its optimizer's class and asks the
+    # optimizer itself for what the class lacks only
+    _backend: str
+    _norm_group: NormGroup | None
+    _statistics: StepStatistics | None
 
     def __init__(
         self,
@@ -103,10 +105,10 @@ class MaxVA(Optimizer):
         norm_process_group: Any = None,
         backend: str = "auto",
     ) -> None:
-        if norm_process_group is not None:
-            self._norm_group = NormGroup(norm_process_group)
+        self._norm_group = None if norm_process_group is None else NormGroup(norm_process_group)
         check_name(backend)
         self._backend = backend
+        self._statistics = None
         # a group key added in a later release would break flattened distributed checkpoints
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -573,6 +575,7 @@ class MaxVA(Optimizer):
             **super().__getstate__(),
             "_backend": self._backend,
             "_norm_group": self._norm_group,
+            "_statistics": None,
         }
 
 

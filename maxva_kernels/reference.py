@@ -192,7 +192,7 @@ class EagerBackend:
         row = row_of(batch.rounding, i)
         if row is None:
             return moved.to(tensor.dtype)
-        # a 0-dim parameter has been promoted by other 0-dim tensors
+        # a 0-dim parameter has taken the scalars' float64
         return rounded(moved.float(), tensor, batch.step[i] + 1, row)
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:

@@ -79,7 +79,7 @@ def random_words(numel: int, t: Tensor, row: tuple[int, ...]) -> Tensor:
 
 
 def rounded(x: Tensor, theta: Tensor, t: Tensor, row: tuple[int, ...]) -> Tensor:
-    """Returns x (float32) in bfloat16, up or down with the odds that make it unbiased; exact values stay.
+    """Returns x (float32) in bfloat16, up or down so that it is unbiased; exact values stay.
 
     Args:
         x: what becomes theta.

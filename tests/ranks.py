@@ -1,7 +1,8 @@
-"""Runs the scenarios of one world size on gloo ranks: `python ranks.py WORLD DIRECTORY`.
+"""Runs scenarios on gloo ranks: `python ranks.py WORLD DIRECTORY SHARED MODULE`.
 
 torch is imported once and the ranks are forked. Each writes a JSON file {scenario: "" or its
-traceback}; after a failure a rank runs nothing more, as the others may wait for it.
+traceback}; after a failure a rank runs nothing more, as the others may wait for it. MODULE has
+scenarios_of(world).
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import torch.distributed as dist
 COLLECTIVE, WORLD = 60, 240
 
 
-def run_world(world: int, directory: Path, shared: Path) -> dict[str, list[str]]:
+def run_world(
+    world: int, directory: Path, shared: Path, module: str = "distributed_scenarios"
+) -> dict[str, list[str]]:
     """Runs a world in processes of its own; per scenario what each rank has to say."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
-        [sys.executable, __file__, str(world), str(directory), str(shared)],
+        [sys.executable, __file__, str(world), str(directory), str(shared), module],
         env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -52,9 +55,8 @@ def run_world(world: int, directory: Path, shared: Path) -> dict[str, list[str]]
     }
 
 
-def _run_rank(rank: int, world: int, directory: Path, shared: Path) -> None:
-    from distributed_scenarios import scenarios_of
-
+def _run_rank(rank: int, world: int, directory: Path, shared: Path, module: str) -> None:
+    scenarios_of = importlib.import_module(module).scenarios_of
     torch.set_num_threads(1)
     # full_tensor() warns that it takes two collectives on a two-dimensional mesh
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -79,8 +81,9 @@ def _run_rank(rank: int, world: int, directory: Path, shared: Path) -> None:
 
 def main() -> None:
     world, directory, shared = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    scenarios = sys.argv[4]
     # imported once, before the ranks are forked; _dynamo is what DTensor imports when first used
-    for module in ("distributed_scenarios", "torch._dynamo"):
+    for module in (scenarios, "torch._dynamo"):
         importlib.import_module(module)
 
     children = []
@@ -89,7 +92,7 @@ def main() -> None:
         if pid == 0:
             code = 1
             try:
-                _run_rank(rank, world, directory, shared)
+                _run_rank(rank, world, directory, shared, scenarios)
                 code = 0
             except BaseException:
                 traceback.print_exc()

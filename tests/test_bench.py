@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_step import COMPARISONS
+from bench_step import COMPARISONS, backends
 from scaling import STATE_BYTES, largest_share, make_optimizer, state_bytes
 
 from maxva_kernels.profile.contenders import parse
@@ -12,9 +12,9 @@ from maxva_kernels.profile.models import MODELS
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparisons_name_what_there_is(name):
-    model, backend, baseline, others, _ = COMPARISONS[name]
+    model, baseline, others, _ = COMPARISONS[name]
     assert model in MODELS
-    assert all(parse(each, [backend]) for each in (baseline, *others))
+    assert all(parse(each, backends(name)) for each in (baseline, *others))
 
 
 @pytest.mark.parametrize(

@@ -413,6 +413,23 @@ def test_schedule() -> None:
 
 
 @pytest.mark.parametrize("name", ["madam", "lamadam"])
+def test_maxva_optimizers_tell_what_they_do(name: str, corpus_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("maxva_kernels")
+    out = tmp_path / "run"
+    assert example.pretrain.main(arguments(corpus_file, out, "--optimizer", name)) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    told = metrics["history"]["telemetry"]
+    assert len(told) == STEPS
+    for weights, others in told:
+        assert 0.5 <= weights["mean_beta"] <= 0.999
+        assert weights["skipped_steps"] == others["skipped_steps"] == 0
+        assert weights["grad_norm"] > 0
+    # the first observation of every coordinate has beta_t = betas[1], later ones may not
+    assert told[0][0]["share_at_beta_max"] == 1 > told[-1][0]["share_at_beta_max"]
+    assert Path(metrics["telemetry"]).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["madam", "lamadam"])
 def test_maxva_optimizers_get_their_arguments(name: str) -> None:
     pytest.importorskip("maxva_kernels")
     settings = {

@@ -66,7 +66,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: list
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "gappy"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_round_as_the_reference(layout: str, threads: int, kernel: str) -> None:
-    shapes = [(3, 5), (1, 1), (127, 3), (0, 4), (32768 + 7, 1), (65, 129)]
+    shapes = [(3, 5), (1, 1), (127, 3), (0, 4), (32768 + 7, 1), (65, 129), ()]
     params = [in_layout(bfloat16_values(*shape, seed=i), layout) for i, shape in enumerate(shapes)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exactness import FUSED, KEYS, check_step, params_of, realistic_problem, same_bits, snapshot
+from exactness import (
+    FUSED,
+    KEYS,
+    check_step,
+    in_layout,
+    params_of,
+    realistic_problem,
+    same_bits,
+    snapshot,
+)
 from interpreted import interpreted
 from torch import Tensor
 from torch.nn import Parameter
@@ -163,6 +172,177 @@ def test_same_bits_as_the_cpp_kernel(
         opt.step()
         outcome.append(snapshot(opt))
     assert same_bits(*outcome)
+
+
+# --- stochastic rounding ------------------------------------------------------------------------
+
+
+@interpreted
+def test_philox_known_answers() -> None:
+    from triton_rounding import KNOWN_ANSWERS, random_words
+
+    for counter_and_key, words in KNOWN_ANSWERS:
+        assert random_words(counter_and_key, "cpu") == words
+
+
+@interpreted
+def test_rounding_by_hand() -> None:
+    from triton_rounding import ROUNDED, rounded_bits
+
+    for x, word, expected in ROUNDED:
+        assert rounded_bits(x, word, "cpu") == expected
+
+
+#: Rows of rounding: seed, parameter, offset, inner_local, inner_global.
+ROWS = {
+    "whole": (0, 0, 0, 2**40, 2**40),
+    "nearest": (3, -1, 0, 1, 1),
+    "rows": (1, 3, 7, 2**40, 2**40),
+    "far": (2**63 - 1, 5, 2**34 + 1, 2**40, 2**40),
+    "columns": (2**32, 1, 5, 7, 13),
+    "far_columns": (2**32 - 1, 2**31 - 1, 2**35 + 2, 1000, 2**33 + 3),
+}
+
+
+def decay_alone(numels: list[int], rows: list[tuple[int, ...]], layout: str) -> dict[str, Any]:
+    """Arguments of update_ whose gradient is 0: what is rounded is exact on every backend.
+
+    The first parameter has a float32 gradient and so a launch of its own.
+    """
+    torch.manual_seed(0)
+    theta = [in_layout(torch.randn(n).bfloat16(), layout) for n in numels]
+    given = arguments(
+        theta=theta,
+        g=[torch.zeros(n, dtype=None if k == 0 else torch.bfloat16) for k, n in enumerate(numels)],
+        step=[torch.tensor(float(7 * k)) for k in range(len(numels))],
+        group_sizes=[len(numels)],
+        rounding=[field for row in rows for field in row],
+        **{name: [torch.zeros(n) for n in numels] for name in "muvw"},
+    )
+    given["hyper"][0], given["hyper"][6] = 1.0, 2.0**-10  # lr and decay
+    return given
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
+@interpreted
+def test_rounding_has_the_bits_of_the_cpp_kernel(layout: str) -> None:
+    numels = {"whole": 0, "nearest": 40, "rows": CHUNK + 1, "far": CHUNK, "columns": 2 * CHUNK - 1,
+              "far_columns": 33}  # fmt: skip
+    given, expected = (
+        decay_alone([*numels.values()], [ROWS[name] for name in numels], layout) for _ in "ab"
+    )
+    moved = [(theta.float() * (1 - 2.0**-10)).bfloat16() for theta in given["theta"]]
+    kernels().update_(**given)
+    torch.ops.maxva.update_(*expected.values())
+    assert same_bits(given["theta"], expected["theta"])
+    for name, theta, nearest in zip(numels, given["theta"], moved, strict=True):
+        assert same_bits(theta, nearest) == (name in ("whole", "nearest"))
+
+
+@interpreted
+def test_a_fitted_parameter_counts_its_elements_row_by_row() -> None:
+    given, expected = (decay_alone([40], [ROWS["columns"]], "contiguous") for _ in "ab")
+    for arguments_, update_ in ((given, kernels().update_), (expected, torch.ops.maxva.update_)):
+        theta = in_layout(arguments_["theta"][0].view(5, 8), "gappy")
+        arguments_ |= {k: [arguments_[k][0].view(5, 8)] for k in ("g", *"muvw")}
+        arguments_["theta"] = [theta]
+        update_(*arguments_.values())
+    assert same_bits(given["theta"], expected["theta"])
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_ratio": True}], ids=["whole", "two_phases"])
+@interpreted
+def test_rounding_of_several_groups(options: dict[str, Any]) -> None:
+    """Other seeds, dtypes and ways of rounding beside each other; a new seed needs a new table."""
+    outcome = []
+    for backend in ("triton", "cpu"):
+        torch.manual_seed(0)
+        groups = [
+            {"params": [Parameter(torch.randn(5, 9).bfloat16())], **group}
+            for group in (
+                {"rounding_seed": 3}, {"rounding_seed": 2**33}, {"stochastic_rounding": False},
+            )
+        ]  # fmt: skip
+        groups.append({"params": [Parameter(torch.randn(7))]})
+        opt = FUSED["madam"](groups, backend=backend, weight_decay=2.0**-10, lr=1.0,
+                             stochastic_rounding=True, **options)  # fmt: skip
+        for step in range(2):
+            opt.param_groups[1]["rounding_seed"] += step
+            for p in params_of(opt):
+                p.grad = torch.zeros_like(p)
+            opt.step()
+        outcome.append(snapshot(opt))
+    assert same_bits(outcome[0]["params"], outcome[1]["params"])
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def collected(
+    backend: str, table: Tensor | None, problem: Any, **tensors: Tensor
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """What a step leaves in `table`, and everything else it leaves."""
+    opt = problem.optimizer(backend)
+    for name, tensor in tensors.items():
+        setattr(opt, name, tensor)
+    run = find_backend(backend, "cpu")
+    original = type(run).update
+
+    def update(self: Any, batch: Any, *args: Any) -> None:
+        batch.statistics = table
+        original(self, batch, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run), "update", update)
+        opt.step()
+    return table, snapshot(opt)
+
+
+def unset(n: int) -> Tensor:
+    return torch.full((n, 5), math.nan, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "algorithm"),
+    [
+        ("default", "fp32", "madam"), ("decoupled_clipped_nesterov", "bf16", "lamadam"),
+        ("l2_amsgrad", "fp64", "madam"), ("lamb", "fp32", "lamadam"),
+        ("lamb_amsgrad_l2", "fp16", "madam"), ("equal_betas", "fp32", "madam"),
+    ],
+)  # fmt: skip
+@interpreted
+def test_statistics(name: str, dtype: str, algorithm: str) -> None:
+    """As the C++ kernel's; the same in every run; and nothing else is changed by them."""
+    shapes = [(CHUNK + 33,), (0,), (7, 9)]
+    problem = realistic_problem(shapes, algorithm, dtype=FLOATS[dtype], **OPTIONS[name])
+    scale = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}
+    found, ours = collected("triton", unset(3), problem, **scale)
+    expected, _ = collected("cpu", unset(3), problem, **scale)
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert same_bits(found[1], torch.zeros(5, dtype=torch.float64))
+    assert same_bits((found, ours), collected("triton", unset(3), problem, **scale))
+    assert same_bits(ours, collected("triton", None, problem, **scale)[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_ratio": True}], ids=["whole", "two_phases"])
+@interpreted
+def test_skipped_step_leaves_statistics(options: dict[str, Any]) -> None:
+    problem = realistic_problem([(40,), (0,)], dtype=torch.bfloat16, **options)
+    table = torch.full((2, 5), 7.0, dtype=torch.float64)
+    collected("triton", table, problem, found_inf=torch.tensor(1.0))
+    assert same_bits(table, torch.full_like(table, 7.0))
+
+
+@interpreted
+def test_each_phase_sets_its_own_statistics() -> None:
+    for phase, columns in ((1, [0, 1, 2, 3]), (2, [4]), (0, [0, 1, 2, 3, 4])):
+        table = unset(2)
+        norms = torch.ones(2, 2, dtype=torch.float64)
+        kernels().update_(**arguments(statistics=table, norms=norms, phase=phase))
+        assert [k for k in range(5) if not table[:, k].isnan().any()] == columns
+        assert [k for k in range(5) if not table[:, k].isnan().all()] == columns
 
 
 # --- traversal -----------------------------------------------------------------------------------
@@ -411,11 +591,17 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return {
         **lists,
         "vmax": [], "master": [], "step": [torch.zeros(()), torch.zeros(())], "group_step": [],
-        "group_sizes": [2], "lr": [None],
+        "group_sizes": [2],
         "hyper": [0.1, 0.9, 0.5, 0.999, 0.999, 1e-8, 0.0, 1e-16, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0],
-        "control": None, "grad_scale": None, "norms": None, "algorithm": "madam", "phase": 0,
+        "lr": [None], "control": None, "grad_scale": None, "norms": None, "statistics": None,
+        "rounding": [], "algorithm": "madam", "phase": 0,
         **changes,
     }  # fmt: skip
+
+
+NEAREST = [0, -1, 0, 1, 1]
+BFLOAT16 = {"theta": [torch.ones(3, 2).bfloat16(), torch.ones(4).bfloat16()]}
+MASTER = [torch.ones(3, 2), torch.ones(4)]
 
 
 @pytest.mark.parametrize(
@@ -434,6 +620,18 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"control": torch.zeros(3)}, ValueError, "control must be float64"),
         ({"grad_scale": torch.ones(2)}, ValueError, "grad_scale must have one element"),
         ({"phase": 1}, ValueError, r"norms must be float64 \[2, 2\]"),
+        ({"statistics": torch.zeros(2, 5)}, ValueError, r"statistics must be float64 \[2, 5\]"),
+        ({"statistics": torch.zeros(5, 2).double().t()}, ValueError, "statistics must be float64"),
+        ({"rounding": [0, 0, 0, 1, 1]}, ValueError, "empty or 2 rows of 5, has 5 entries"),
+        ({"rounding": [*NEAREST, 0, 0, 0, 1, 1]}, ValueError, r"rounding\[1\] is for a bfloat16"),
+        (
+            {**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 1, 1], "master": MASTER},
+            ValueError,
+            "without master weights",
+        ),
+        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, -1, 1, 1]}, ValueError, "offset >= 0"),
+        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 0, 1]}, ValueError, "inner sizes"),
+        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 1, -1]}, ValueError, "inner sizes"),
         ({"g": [torch.rand(3, 2), torch.rand(5)]}, ValueError, r"gradient\[1\] has shape \[5\]"),
         ({"g": [torch.rand(3, 2), torch.rand(4, device="meta")]}, ValueError, "is on meta"),
         ({"g": [torch.rand(3, 2), torch.ones(4, dtype=torch.int32)]}, TypeError, "int32"),

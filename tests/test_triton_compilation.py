@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 POINTERS = {tl.float32: "*fp32", tl.float64: "*fp64", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
 #: Bits that one access of the main path moves at least, per kind of element.
 WIDE = r"\.(v4\.b32|v8\.b32|v2\.b64|v4\.b64|b128)"
+#: The same where blocks are half as large, see Note [Chunk and block]: four bfloat16 at a time.
+HALF_BLOCK_WIDE = WIDE.replace(")", r"|v2\.b32)")
 VARIANTS: dict[str, dict[str, Any]] = {
     "madam": {},
     "lamadam_amsgrad": {"algorithm": 1, "amsgrad": True},
@@ -38,6 +40,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp64_amsgrad_scale": {"theta": tl.float64, "g": tl.float64, "amsgrad": True, "scale": True},
     "states": {"phase": 1},
     "parameters": {"phase": 2},
+    "stochastic_amsgrad_scale_statistics": {
+        "theta": tl.bfloat16, "g": tl.bfloat16, "rounding": True, "statistics": True,
+        "algorithm": 1, "amsgrad": True, "scale": True,
+    },
+}  # fmt: skip
+#: Compiled for one GPU alone.
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    "stochastic": {"theta": tl.bfloat16, "g": tl.bfloat16, "rounding": True},
+    "statistics": {"statistics": True},
+    "statistics_states": {"phase": 1, "statistics": True},
+    "stochastic_parameters_statistics": {
+        "theta": tl.bfloat16,
+        "phase": 2,
+        "rounding": True,
+        "statistics": True,
+    },
+    "fp64_amsgrad_scale_statistics": {
+        "theta": tl.float64,
+        "g": tl.float64,
+        "amsgrad": True,
+        "scale": True,
+        "statistics": True,
+    },
 }
 
 
@@ -66,7 +91,8 @@ def compiled(kernel: Any, capability: int, pointers: dict[str, str | None],
 
 def compiled_update(capability: int, theta: Any = tl.float32, g: Any = tl.float32,
                     algorithm: int = 0, amsgrad: bool = False, master: bool = False,
-                    scale: bool = False, phase: int = 0) -> Any:  # fmt: skip
+                    scale: bool = False, phase: int = 0, statistics: bool = False,
+                    rounding: bool = False) -> Any:  # fmt: skip
     compute = tl.float64 if theta == tl.float64 else tl.float32
     return compiled(
         mta.update_kernel,
@@ -75,6 +101,7 @@ def compiled_update(capability: int, theta: Any = tl.float32, g: Any = tl.float3
             "rows": "*i64", "g_addresses": "*i64", "chunk_tensor": "*i32",
             "scalars": POINTERS[compute], "control": "*fp64",
             "grad_scale": "*fp32" if scale else None, "sums": "*fp64" if phase == 1 else None,
+            "statistics": "*fp64" if statistics else None, "rounding": "*i64" if rounding else None,
         },
         {
             "THETA_DTYPE": theta, "G_DTYPE": g, "T": compute, "ALGORITHM": algorithm,
@@ -101,8 +128,17 @@ def check_rounding(ptx: str) -> None:
     assert ".ftz" not in ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "capability"),
+    [
+        *(
+            pytest.param(variant, capability, id=f"{name}-sm_{capability}")
+            for name, variant in VARIANTS.items()
+            for capability in (80, 90, 100)
+        ),
+        *(pytest.param(variant, 90, id=f"{name}-sm_90") for name, variant in MORE_VARIANTS.items()),
+    ],
+)
 def test_update(variant: dict[str, Any], capability: int, tmp_path: Path) -> None:
     kernel = compiled_update(capability, **variant)
     ptx = kernel.asm["ptx"]
@@ -114,9 +150,12 @@ def test_update(variant: dict[str, Any], capability: int, tmp_path: Path) -> Non
     # theta and the states; the parameters' phase does without u
     read = 1 + states - (phase == 2)
     written = {0: 1 + states, 1: states, 2: 1}[phase]
+    wide = WIDE
+    if variant.get("theta") == tl.bfloat16 and (variant.get("rounding") or "statistics" in variant):
+        wide = HALF_BLOCK_WIDE
     # there are two main paths, and g is aligned in one of them
-    assert len(re.findall(rf"ld\.global[\w.]*{WIDE}", ptx)) >= 2 * read + 1
-    assert len(re.findall(rf"st\.global[\w.]*{WIDE}", ptx)) >= 2 * written
+    assert len(re.findall(rf"ld\.global[\w.]*{wide}", ptx)) >= 2 * read + 1
+    assert len(re.findall(rf"st\.global[\w.]*{wide}", ptx)) >= 2 * written
     check_resources(kernel, tmp_path)
 
 
@@ -169,8 +208,9 @@ def test_small_kernels(given: bool, scalars: str, capability: int, tmp_path: Pat
         compiled(
             mta.add_sums_kernel,
             capability,
-            {"rows": "*i64", "sums": "*fp64", "control": optional("*fp64"), "norms": "*fp64"},
-            {},
+            {"rows": "*i64", "of_chunk": "*fp64", "control": optional("*fp64"),
+             "of_tensor": "*fp64"},
+            {"FIRST_FIELD": 0, "WIDTH": 5},
         ),
         compiled(
             norm.add_partial_sums_kernel,

@@ -32,7 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "master": {"master_weights": True},
     "clipped": {"max_grad_norm": 0.5},
     "lamb": {"trust_ratio": True, "weight_decay": 0.01},
+    "statistics": {"collect_stats": True},
 }
+STOCHASTIC: dict[str, Any] = {"stochastic_rounding": True, "rounding_seed": 2**40 + 3}
 
 
 def on_gpu(problem: Problem, backend: str, misaligned: bool = False) -> torch.optim.Optimizer:
@@ -98,6 +100,66 @@ def test_same_bits_as_cuda(options: dict[str, Any], dtype: torch.dtype, algorith
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                maxva_kernels.backends()["cuda"] != "available",
+                reason="the CUDA backend is not built",
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["madam", "lamadam"])
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_stochastic_rounding_has_the_bits_of(
+    backend: str, algorithm: str, misaligned: bool
+) -> None:
+    problem = realistic_problem(
+        SHAPES, algorithm, dtype=torch.bfloat16, collect_stats=True, **STOCHASTIC
+    )
+    ours = on_gpu(problem, "triton", misaligned)
+    theirs = problem.optimizer("cpu") if backend == "cpu" else on_gpu(problem, backend)
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+    for a, b in zip(everything(ours), everything(theirs), strict=True):
+        assert torch.equal(a, b)
+    assert ours.stats()[0] == pytest.approx(theirs.stats()[0], rel=1e-5)
+
+
+def test_random_words_and_rounding() -> None:
+    from triton_rounding import KNOWN_ANSWERS, ROUNDED, random_words, rounded_bits
+
+    for counter_and_key, words in KNOWN_ANSWERS:
+        assert random_words(counter_and_key, "cuda") == words
+    for x, word, expected in ROUNDED:
+        assert rounded_bits(x, word, "cuda") == expected
+
+
+@pytest.mark.parametrize("columns", [(7, 13), (1000, 2**33 + 3)], ids=str)
+def test_shards_of_columns_have_the_bits_of_the_cpu_kernel(columns: tuple[int, int]) -> None:
+    """A gradient of 0 and a decay that is exact leave the rounding alone."""
+    from maxva_kernels import triton_kernels
+
+    hyper = [1.0, 0.9, 0.5, 0.999, 0.999, 1e-8, 2.0**-10, 1e-16, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    start = torch.randn(20011).bfloat16()
+    moved = []
+    for device, update_ in (("cuda", triton_kernels.update_), ("cpu", torch.ops.maxva.update_)):
+        theta = start.to(device, copy=True)
+        states = [[torch.zeros(theta.numel(), device=device)] for _ in "muvw"]
+        update_(
+            [theta], [torch.zeros_like(theta)], *states, [], [],
+            [torch.tensor(6.0, device=device)], [], [1], hyper, [None], None, None, None, None,
+            [2**63 - 5, 3, 2**35 + 2, *columns], "madam", 0,
+        )  # fmt: skip
+        moved.append(theta.cpu())
+    assert torch.equal(*moved)
+
+
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_misaligned_gradients(dtype: torch.dtype) -> None:
     problem = realistic_problem(SHAPES, dtype=dtype)
@@ -114,8 +176,10 @@ def test_misaligned_gradients(dtype: torch.dtype) -> None:
         {},
         {"max_grad_norm": 0.5, "skip_nonfinite": True},
         {"trust_ratio": True, "weight_decay": 0.1},
+        {"dtype": torch.bfloat16, "collect_stats": True, **STOCHASTIC},
+        {"trust_ratio": True, "weight_decay": 0.1, "collect_stats": True},
     ],
-    ids=["plain", "clipped", "lamb"],
+    ids=["plain", "clipped", "lamb", "stochastic_statistics", "lamb_statistics"],
 )
 def test_graph_replays_what_steps_would_do(options: dict[str, Any]) -> None:
     """Between replays an eager step of other gradients uses the same optimizer's tables."""
@@ -148,6 +212,8 @@ def test_graph_replays_what_steps_would_do(options: dict[str, Any]) -> None:
         torch.cuda.synchronize()
         for a, b in zip(everything(captured), everything(eager), strict=True):
             assert torch.equal(a, b)
+        if "collect_stats" in options:
+            assert captured.stats() == eager.stats()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -165,16 +231,24 @@ def test_no_synchronization(options: dict[str, Any]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_changing_values_do_not_compile_again() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.bfloat16, "collect_stats": True, **STOCHASTIC}],
+    ids=["plain", "stochastic_statistics"],
+)
+def test_changing_values_do_not_compile_again(options: dict[str, Any]) -> None:
     from maxva_kernels.triton_kernels import multi_tensor_apply as mta
 
-    opt = on_gpu(realistic_problem(SHAPES), "triton")
+    opt = on_gpu(realistic_problem(SHAPES, **options), "triton")
     opt.step()
-    kernels = (mta.make_scalars_kernel, mta.update_kernel, mta.count_kernel)
+    kernels = (
+        mta.make_scalars_kernel, mta.update_kernel, mta.add_sums_kernel, mta.count_kernel,
+    )  # fmt: skip
     device = torch.cuda.current_device()
     compiled = [len(kernel.device_caches[device][0]) for kernel in kernels]
     for k in range(10):
         opt.param_groups[0].update(lr=0.1 * k, betas=(0.1 * (k % 9), 0.99), weight_decay=0.01 * k)
+        opt.param_groups[0]["rounding_seed"] = 16**k
         opt.step()
     assert [len(kernel.device_caches[device][0]) for kernel in kernels] == compiled
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .statistics import NUM_STATISTICS
+from .stochastic_rounding import ROUNDING_FIELDS, rows_of
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HYPER_FIELDS = 14
 CONTROL_FIELDS = 3
@@ -28,7 +31,10 @@ NAMES = {
 
 @dataclass(slots=True)
 class TensorLists:
-    """One step's tensors: element i of every list belongs to parameter i; vmax, master or empty."""
+    """One step's tensors: element i of every list belongs to parameter i; vmax, master or empty.
+
+    So does row i of rounding (stochastic_rounding.py), flat, or empty.
+    """
 
     theta: Sequence[Tensor]
     g: Sequence[Tensor]
@@ -41,6 +47,7 @@ class TensorLists:
     step: Sequence[Tensor]
     group_step: Sequence[Tensor]
     group_sizes: Sequence[int]
+    rounding: Sequence[int]
 
     def states(self) -> dict[str, Sequence[Tensor]]:
         """The lists that are written in the compute type."""
@@ -99,6 +106,20 @@ def check_control(control: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"maxva: control must be float64 [{CONTROL_FIELDS}] on {device}")
 
 
+def check_table(
+    table: Tensor | None, name: str, num_rows: int, width: int, device: torch.device
+) -> None:
+    """Raises unless it is a float64 table of that size on the device."""
+    if not (
+        table is not None
+        and table.shape == (num_rows, width)
+        and table.dtype == torch.float64
+        and table.is_contiguous()
+        and table.device == device
+    ):
+        raise ValueError(f"maxva: {name} must be float64 [{num_rows}, {width}] on {device}")
+
+
 def check_writable(tensor: Tensor, name: str) -> None:
     """Raises if elements share memory, so that they cannot be written one by one."""
     dims = zip(tensor.shape, tensor.stride(), strict=True)
@@ -126,6 +147,7 @@ def check_arguments(
     control: Tensor | None,
     grad_scale: Tensor | None,
     norms: Tensor | None,
+    statistics: Tensor | None,
     phase: int,
 ) -> None:
     """What is not per tensor: cheap enough for every step."""
@@ -158,14 +180,15 @@ def check_arguments(
         check_one_element(tensor, "lr", None, device)
     check_one_element(grad_scale, "grad_scale", None, device)
     check_control(control, device)
-    if phase != 0 and not (
-        norms is not None
-        and norms.shape == (n, 2)
-        and norms.dtype == torch.float64
-        and norms.is_contiguous()
-        and norms.device == device
-    ):
-        raise ValueError(f"maxva: norms must be float64 [{n}, 2] on {device}")
+    if phase != 0:
+        check_table(norms, "norms", n, 2, device)
+    if statistics is not None:
+        check_table(statistics, "statistics", n, NUM_STATISTICS.value, device)
+    if lists.rounding and len(lists.rounding) != n * ROUNDING_FIELDS.value:
+        raise ValueError(
+            f"maxva: rounding must be empty or {n} rows of {ROUNDING_FIELDS.value}, has "
+            f"{len(lists.rounding)} entries"
+        )
 
 
 def check_tensors(lists: TensorLists) -> None:
@@ -190,6 +213,18 @@ def check_tensors(lists: TensorLists) -> None:
                     f"a parameter of {theta.dtype}"
                 )
         check_one_element(lists.step[i], "step", torch.float32, device)
+    for i, row in enumerate(rows_of(lists.rounding)):
+        if row.is_stochastic() and not (
+            lists.theta[i].dtype == torch.bfloat16
+            and not lists.master
+            and row.offset >= 0
+            and row.inner_local > 0
+            and row.inner_global >= 0
+        ):
+            raise ValueError(
+                f"maxva: rounding[{i}] is for a bfloat16 parameter without master weights, with "
+                f"offset >= 0 and positive inner sizes"
+            )
     for step in lists.group_step:
         check_one_element(step, "group step", torch.int32, device)
 

@@ -21,14 +21,19 @@ def to_compute(x, T: tl.constexpr):
 
 
 @triton.jit
+def upper_half(x, bits):
+    """The bfloat16 of the upper half of bits; NaN where x is."""
+    rounded = tl.where(x != x, 0x7FC0, bits >> 16).to(tl.uint16)
+    return rounded.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def from_compute(x, STORAGE: tl.constexpr):
     """Rounded once from float32; from float64 through float32, as the C++ kernels do."""
     if STORAGE == tl.bfloat16:  # noqa: SIM300
         single = x.to(tl.float32)
         bits = single.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(single != single, 0x7FC0, rounded).to(tl.uint16)
-        return rounded.to(tl.bfloat16, bitcast=True)
+        return upper_half(single, bits + 0x7FFF + ((bits >> 16) & 1))
     elif STORAGE == tl.float16:  # noqa: SIM300
         return x.to(tl.float32).to(tl.float16)
     else:

@@ -56,7 +56,8 @@ def observed_gradient(g, theta, s):
 def observe(g, u, v, w, s):
     """Chooses beta_t by Eq. 6, clips it, and moves u, v, w by Eq. 2-4.
 
-    Works with c = 1 - beta_t; see Note [Multiplied through by w] in csrc/maxva_math.h.
+    Works with c = 1 - beta_t, and returns it too; see Note [Multiplied through by w] in
+    csrc/maxva_math.h.
     """
     us = u * s.range
     deviation = tl.fma(g, w * s.range, -us)
@@ -71,7 +72,7 @@ def observe(g, u, v, w, s):
     u = tl.fma(c, g - u, u)
     v = tl.fma(c, tl.fma(g, g, -v), v)
     w = tl.fma(c, 1.0 - w, w)
-    return u, v, w
+    return u, v, w, c
 
 
 @triton.jit
@@ -120,6 +121,12 @@ def direction(g, m, normalizer, s, ALGORITHM: tl.constexpr):
 def layer_update(theta, direction, s):
     """The update whose norm the trust ratio compares with that of theta."""
     return tl.fma(s.decoupled, theta, s.bias_correction * direction)
+
+
+@triton.jit
+def step_length(direction, s):
+    """How far the update moves a parameter, without decoupled decay."""
+    return tl.abs(s.step_size * direction)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The update of many tensors in one launch: programs over chunks of tensors found by address.
 
     make_scalars_kernel (a lane per tensor) -> update_kernel (a program per chunk)
-    -> add_sums_kernel (trust ratio: a program per tensor) -> count_kernel (a lane per counter)
+    -> add_sums_kernel (norms, statistics: a program per tensor and field)
+    -> count_kernel (a lane per counter)
 
 Knows where tensors lie (tables.py), not what is computed (maxva_math.py). Nothing here depends on
 a value that changes from step to step at compile time, and nothing is autotuned: the update
@@ -25,23 +26,39 @@ from .maxva_math import (
     observed_gradient,
     track_maximum,
 )
+from .statistics import (
+    NUM_STATISTICS,
+    add_observations,
+    add_step_sizes,
+    no_statistics,
+    store_statistics,
+)
 from .step_scalars import (
     CLIP_FACTOR,
     HYPER_FIELDS,
     NUM_SCALARS,
+    PARAMETERS,
     SKIP,
+    STATES,
     load_hyper,
     load_scalars,
     make_scalars,
     store_scalars,
     trust_ratio,
 )
+from .stochastic_rounding import (
+    ROUNDING_FIELDS,
+    load_random_bits,
+    random_words,
+    round_stochastically,
+)
 
 # Note [Chunk and block]
 # 128 threads with 32 bytes of each state keep 24 KB of float32 reads in flight per program; at
 # the four programs that the registers allow, a multiprocessor then has several times the 20 KB
 # that its share of bandwidth times latency asks for. A chunk of four blocks spreads the look-up of
-# addresses and scalars, and four bytes of chunk map, over 176 KB of traffic.
+# addresses and scalars, and four bytes of chunk map, over 176 KB of traffic. Statistics and random
+# words take registers of their own: blocks are half as large there, so that nothing is spilled.
 CHUNK = tl.constexpr(4096)
 BLOCK_BITS = tl.constexpr(32768)
 NUM_WARPS = 4
@@ -67,11 +84,6 @@ ROW = tl.constexpr(12)
 LR_ON_HOST = tl.constexpr(0)
 LR_FLOAT32 = tl.constexpr(1)
 LR_FLOAT64 = tl.constexpr(2)
-
-# `Phase` of csrc/cpu_kernels.h
-WHOLE = tl.constexpr(0)
-STATES = tl.constexpr(1)
-PARAMETERS = tl.constexpr(2)
 
 
 @triton.jit
@@ -152,6 +164,7 @@ def update_chunk(
     n,
     s,
     scale,
+    random,
     THETA_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     T: tl.constexpr,
@@ -159,13 +172,15 @@ def update_chunk(
     AMSGRAD: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    COLLECT: tl.constexpr,
     PHASE: tl.constexpr,
     FULL: tl.constexpr,
     G_ALIGNED: tl.constexpr,
 ):
     """Elements [begin, begin + n) of one tensor; FULL: n is CHUNK and all but g are aligned.
 
-    Returns the sums of squares of theta and of the update, which the STATES phase needs.
+    random: RandomBits, or None to round to the nearest. Returns the sums of squares of theta and of
+    the update, which the STATES phase needs, and with COLLECT the statistics that the phase sets.
     """
     theta_ptr = pointer_to(theta_address, THETA_DTYPE, FULL) + begin
     g_ptr = pointer_to(g_address, G_DTYPE, FULL and G_ALIGNED) + begin
@@ -177,7 +192,9 @@ def update_chunk(
     master_ptr = pointer_to(master_address, tl.float32, FULL) + begin
     theta_sum = tl.full((), 0.0, tl.float64)
     update_sum = tl.full((), 0.0, tl.float64)
-    BLOCK: tl.constexpr = BLOCK_BITS // T.primitive_bitwidth
+    statistics = no_statistics()
+    HALVED: tl.constexpr = COLLECT or random is not None
+    BLOCK: tl.constexpr = BLOCK_BITS // T.primitive_bitwidth // (2 if HALVED else 1)
     for start in range(0, CHUNK if FULL else n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = None if FULL else i < n
@@ -186,20 +203,22 @@ def update_chunk(
             theta = tl.load(master_ptr + i, mask=mask, other=other)
         else:
             theta = to_compute(tl.load(theta_ptr + i, mask=mask, other=other), T)
-        g = to_compute(tl.load(g_ptr + i, mask=mask, other=other), T)
+        g_raw = to_compute(tl.load(g_ptr + i, mask=mask, other=other), T)
         m = tl.load(m_ptr + i, mask=mask, other=other)
         u = tl.load(u_ptr + i, mask=mask, other=other)
         v = tl.load(v_ptr + i, mask=mask, other=other)
         w = tl.load(w_ptr + i, mask=mask, other=other)
         vmax = tl.load(vmax_ptr + i, mask=mask, other=other) if AMSGRAD else w
         if HAS_SCALE:
-            g = divide(g, scale)
+            g_raw = divide(g_raw, scale)
             # STATES leaves the scaled gradient for PARAMETERS, which writes it back
             if PHASE != STATES:
-                tl.store(g_ptr + i, from_compute(g, G_DTYPE), mask=mask)
-        g = observed_gradient(g, theta, s)
+                tl.store(g_ptr + i, from_compute(g_raw, G_DTYPE), mask=mask)
+        g = observed_gradient(g_raw, theta, s)
         if PHASE != PARAMETERS:
-            u, v, w = observe(g, u, v, w, s)
+            u, v, w, c = observe(g, u, v, w, s)
+            if COLLECT:
+                statistics = add_observations(statistics, g_raw, c, s, mask)
             if AMSGRAD:
                 vmax = track_maximum(v, w, vmax)
         normalizer = make_normalizer(v, w, vmax, s, AMSGRAD)
@@ -219,6 +238,8 @@ def update_chunk(
             theta_sum += tl.sum(theta.to(tl.float64) * theta.to(tl.float64), axis=0)
             update_sum += tl.sum(update * update, axis=0)
         else:
+            if COLLECT:
+                statistics = add_step_sizes(statistics, step, s, mask)
             theta = moved_parameter(theta, step, s)
             # lr = 0 keeps the bits; a NaN's would not survive the conversion
             moves = tl.broadcast_to(s.eta, (BLOCK,)) != 0
@@ -226,13 +247,18 @@ def update_chunk(
                 moves = moves & mask
             if HAS_MASTER:
                 tl.store(master_ptr + i, theta, mask=moves)
-            tl.store(theta_ptr + i, from_compute(theta, THETA_DTYPE), mask=moves)
-    return theta_sum, update_sum
+            if random is None:
+                stored = from_compute(theta, THETA_DTYPE)
+            else:
+                stored = round_stochastically(theta, random_words(random, begin + i))
+            tl.store(theta_ptr + i, stored, mask=moves)
+    return theta_sum, update_sum, statistics
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
         "rows", "g_addresses", "chunk_tensor", "scalars", "control", "grad_scale", "sums",
+        "statistics", "rounding",
     ],
 )  # fmt: skip
 def update_kernel(
@@ -243,6 +269,8 @@ def update_kernel(
     control,
     grad_scale,
     sums,
+    statistics,
+    rounding,
     THETA_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     T: tl.constexpr,
@@ -253,14 +281,17 @@ def update_kernel(
 ):
     """One chunk of one tensor, unless control says skip.
 
-    chunk_tensor: int32, the row of each chunk's tensor. sums: float64 [chunks, 2] or None.
+    chunk_tensor: int32, the row of each chunk's tensor. sums, statistics: float64 [chunks, 2] and
+    [chunks, NUM_STATISTICS], or None. rounding: rows of `Rounding` for bfloat16 without masters, or
+    None to round to the nearest.
     """
     chunk = tl.program_id(0)
     if not load_skip(control):
         tensor = tl.load(chunk_tensor + chunk).to(tl.int64)
         row = rows + tensor * ROW
         begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
-        n = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
+        numel = tl.load(row + NUMEL)
+        n = tl.minimum(numel - begin, CHUNK).to(tl.int32)
         theta = tl.load(row + THETA)
         g = tl.load(g_addresses + tl.load(row + INDEX))
         m = tl.load(row + M)
@@ -272,49 +303,62 @@ def update_kernel(
         s = load_scalars(scalars + tensor * NUM_SCALARS)
         HAS_SCALE: tl.constexpr = grad_scale is not None
         scale = tl.load(grad_scale).to(T) if HAS_SCALE else s.g_factor
+        COLLECT: tl.constexpr = statistics is not None
+        if rounding is None:
+            random = None
+        else:
+            step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
+            random = load_random_bits(
+                rounding + tensor * ROUNDING_FIELDS, numel, step.to(tl.float64) + 1.0
+            )
 
         # a gradient is a view into a bucket more often than not, at any address: its own branch
         aligned = ((theta | m | u | v | w | vmax | master) & 15) == 0
         if (n == CHUNK) & aligned:
             if (g & 15) == 0:
-                theta_sum, update_sum = update_chunk(
-                    theta, g, m, u, v, w, vmax, master, begin, n, s, scale,
-                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE, PHASE,
-                    FULL=True, G_ALIGNED=True,
+                theta_sum, update_sum, collected = update_chunk(
+                    theta, g, m, u, v, w, vmax, master, begin, n, s, scale, random,
+                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE,
+                    COLLECT, PHASE, FULL=True, G_ALIGNED=True,
                 )  # fmt: skip
             else:
-                theta_sum, update_sum = update_chunk(
-                    theta, g, m, u, v, w, vmax, master, begin, n, s, scale,
-                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE, PHASE,
-                    FULL=True, G_ALIGNED=False,
+                theta_sum, update_sum, collected = update_chunk(
+                    theta, g, m, u, v, w, vmax, master, begin, n, s, scale, random,
+                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE,
+                    COLLECT, PHASE, FULL=True, G_ALIGNED=False,
                 )  # fmt: skip
         else:
-            theta_sum, update_sum = update_chunk(
-                theta, g, m, u, v, w, vmax, master, begin, n, s, scale,
-                THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE, PHASE,
-                FULL=False, G_ALIGNED=False,
+            theta_sum, update_sum, collected = update_chunk(
+                theta, g, m, u, v, w, vmax, master, begin, n, s, scale, random,
+                THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE,
+                COLLECT, PHASE, FULL=False, G_ALIGNED=False,
             )  # fmt: skip
         if PHASE == STATES:
             tl.store(sums + 2 * chunk.to(tl.int64), theta_sum)
             tl.store(sums + 2 * chunk.to(tl.int64) + 1, update_sum)
+        if COLLECT:
+            store_statistics(statistics + chunk.to(tl.int64) * NUM_STATISTICS, collected, PHASE)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "sums", "control", "norms"])
-def add_sums_kernel(rows, sums, control, norms):
-    """norms[tensor] = its chunks' sums of squares, added in a fixed order."""
+@triton.jit(do_not_specialize_on_alignment=["rows", "of_chunk", "control", "of_tensor"])
+def add_sums_kernel(
+    rows, of_chunk, control, of_tensor, FIRST_FIELD: tl.constexpr, WIDTH: tl.constexpr
+):
+    """of_tensor[tensor, field] = the sum of its chunks' of_chunk[chunk, field], in a fixed order.
+
+    Fields from FIRST_FIELD on, as many as the grid is wide. of_chunk, of_tensor: float64, WIDTH
+    fields.
+    """
     if not load_skip(control):
         row = rows + tl.program_id(0).to(tl.int64) * ROW
         first = tl.load(row + FIRST_CHUNK)
         end = first + tl.cdiv(tl.load(row + NUMEL), CHUNK)
-        theta_sum = tl.zeros((LANES,), tl.float64)
-        update_sum = tl.zeros((LANES,), tl.float64)
+        field = FIRST_FIELD + tl.program_id(1)
+        total = tl.zeros((LANES,), tl.float64)
         for start in range(first, end, LANES):
             i = start + tl.arange(0, LANES)
-            theta_sum += tl.load(sums + 2 * i, mask=i < end, other=0.0)
-            update_sum += tl.load(sums + 2 * i + 1, mask=i < end, other=0.0)
-        norm = norms + 2 * tl.load(row + INDEX)
-        tl.store(norm, tl.sum(theta_sum, axis=0))
-        tl.store(norm + 1, tl.sum(update_sum, axis=0))
+            total += tl.load(of_chunk + i * WIDTH + field, mask=i < end, other=0.0)
+        tl.store(of_tensor + tl.load(row + INDEX) * WIDTH + field, tl.sum(total, axis=0))
 
 
 @triton.jit(

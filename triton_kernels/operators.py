@@ -28,7 +28,8 @@ from .checks import (
     needs_fitting,
 )
 from .maxva_math import LAMADAM, MADAM
-from .step_scalars import NUM_SCALARS
+from .statistics import range_of_phase
+from .step_scalars import NUM_SCALARS, PARAMETERS, STATES
 from .tables import (
     Combination,
     NormTable,
@@ -82,6 +83,8 @@ def update_(
     control: Tensor | None,
     grad_scale: Tensor | None,
     norms: Tensor | None,
+    statistics: Tensor | None,
+    rounding: Sequence[int],
     algorithm: str,
     phase: int,
 ) -> None:
@@ -104,6 +107,9 @@ def update_(
         control: float64 [3] as write_control_ fills it, or None.
         grad_scale: one element, g is divided by it and written back; or None.
         norms: float64 [n, 2], sums of squares of theta and update: written in phase 1, read in 2.
+        statistics: float64 [n, 5], the sums of `Statistics` (statistics.py), of which those that
+            the phase knows are set; or None.
+        rounding: rows of `Rounding` (stochastic_rounding.py), flat; empty to round to the nearest.
         algorithm: "madam" or "lamadam".
         phase: 0, everything; 1, states and norms; 2, parameters.
 
@@ -112,10 +118,10 @@ def update_(
     """
     if not theta:
         return
-    lists = TensorLists(theta, g, m, u, v, w, vmax, master, step, group_step, group_sizes)
+    lists = TensorLists(theta, g, m, u, v, w, vmax, master, step, group_step, group_sizes, rounding)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"maxva: algorithm must be 'madam' or 'lamadam', is {algorithm!r}")
-    check_arguments(lists, hyper, lr, control, grad_scale, norms, phase)
+    check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
     table = _find_update_table(lists)
     fitter = None
     if table.needs_fitting:
@@ -124,8 +130,9 @@ def update_(
         table = _find_update_table(lists)
     with _on_device(table.device):
         _launch_update(
-            table, lists, hyper, lr, control, grad_scale, norms, _ALGORITHMS[algorithm], phase
-        )
+            table, lists, hyper, lr, control, grad_scale, norms, statistics,
+            _ALGORITHMS[algorithm], phase,
+        )  # fmt: skip
     if fitter is not None:
         fitter.copy_back()
     # states are left out: autograd never sees them, and the time is a tenth of the step's
@@ -185,6 +192,7 @@ def _launch_update(
     control: Tensor | None,
     grad_scale: Tensor | None,
     norms: Tensor | None,
+    statistics: Tensor | None,
     algorithm: int,
     phase: int,
 ) -> None:
@@ -203,12 +211,12 @@ def _launch_update(
         )
         mta.make_scalars_kernel[(triton.cdiv(c.num_tensors, mta.LANES.value),)](
             c.rows, hyper_words, lr_kinds, lr_words, control,
-            norms if phase == mta.PARAMETERS.value else None, scalars, c.num_tensors,
+            norms if phase == PARAMETERS.value else None, scalars, c.num_tensors,
             **_UPDATE_OPTIONS,
         )  # fmt: skip
-        _launch_chunks(table, c, g_addresses, scalars, control, grad_scale, norms, lists,
-                       algorithm, phase)  # fmt: skip
-    if phase != mta.STATES.value:
+        _launch_chunks(table, c, g_addresses, scalars, control, grad_scale, norms, statistics,
+                       lists, algorithm, phase)  # fmt: skip
+    if phase != STATES.value:
         counted = max(n, len(lists.group_step))
         mta.count_kernel[(triton.cdiv(counted, mta.LANES.value),)](
             table.steps, table.group_steps, control, n, len(lists.group_step), **_UPDATE_OPTIONS
@@ -224,16 +232,17 @@ def _launch_chunks(
     control: Tensor | None,
     grad_scale: Tensor | None,
     norms: Tensor | None,
+    statistics: Tensor | None,
     lists: TensorLists,
     algorithm: int,
     phase: int,
 ) -> None:
-    sums = None
-    if phase == mta.STATES.value:
-        sums = torch.empty(c.num_chunks, 2, dtype=torch.float64, device=table.device)
+    squares = _chunk_sums(c, norms if phase == STATES.value else None)
+    statistics_of_chunk = _chunk_sums(c, statistics)
     if c.num_chunks:
         mta.update_kernel[(c.num_chunks,)](
-            c.rows, g_addresses, c.chunk_tensor, scalars, control, grad_scale, sums,
+            c.rows, g_addresses, c.chunk_tensor, scalars, control, grad_scale, squares,
+            statistics_of_chunk, c.rounding if phase != STATES.value else None,
             THETA_DTYPE=_TL_DTYPES[c.theta_dtype],
             G_DTYPE=_TL_DTYPES[c.g_dtype],
             T=_TL_DTYPES[scalars.dtype],
@@ -243,8 +252,27 @@ def _launch_chunks(
             PHASE=phase,
             **_UPDATE_OPTIONS,
         )  # fmt: skip
-    if sums is not None:
-        mta.add_sums_kernel[(c.num_tensors,)](c.rows, sums, control, norms, **_UPDATE_OPTIONS)
+    _add_sums(c, squares, control, norms, range(2))
+    _add_sums(c, statistics_of_chunk, control, statistics, range_of_phase(phase))
+
+
+def _chunk_sums(c: Combination, of_tensor: Tensor | None) -> Tensor | None:
+    """Room for what is to be added to a table of one row per tensor."""
+    return None if of_tensor is None else of_tensor.new_empty(c.num_chunks, of_tensor.shape[1])
+
+
+def _add_sums(
+    c: Combination,
+    of_chunk: Tensor | None,
+    control: Tensor | None,
+    of_tensor: Tensor | None,
+    fields: range,
+) -> None:
+    if of_chunk is not None:
+        mta.add_sums_kernel[(c.num_tensors, len(fields))](
+            c.rows, of_chunk, control, of_tensor,
+            FIRST_FIELD=fields.start, WIDTH=of_chunk.shape[1], **_UPDATE_OPTIONS,
+        )  # fmt: skip
 
 
 def sum_of_squares(g: Sequence[Tensor]) -> Tensor:

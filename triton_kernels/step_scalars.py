@@ -56,6 +56,11 @@ class Scalars(NamedTuple):
 HYPER_FIELDS = tl.constexpr(len(Hyper._fields))
 NUM_SCALARS = tl.constexpr(len(Scalars._fields))
 
+# `Phase` of csrc/step_scalars.h
+WHOLE = tl.constexpr(0)
+STATES = tl.constexpr(1)
+PARAMETERS = tl.constexpr(2)
+
 # fields of the control block
 SKIP = tl.constexpr(0)
 CLIP_FACTOR = tl.constexpr(1)

@@ -4,7 +4,7 @@ Note [Stale tables]
 A table is found by comparing everything it was built from with what is there now: address, layout
 and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. Where all
 are contiguous, a layout is the number of elements, which takes half the time to ask for; else it is
-sizes and strides.
+sizes and strides. Rows of rounding are the same in every step.
 What may differ in every step without such a move (the gradients' addresses, learning rates and
 hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from . import multi_tensor_apply as mta
 from . import norm
 from .checks import DTYPES, NAMES, TensorLists
+from .stochastic_rounding import NEAREST, rows_of
 
 #: Tables kept per owner: subsets of parameters that take turns in having gradients.
 _MAX_TABLES = 4
@@ -51,7 +52,9 @@ def signature(lists: TensorLists) -> list[Any]:
     """Everything that a table of the update is built from; see Note [Stale tables]."""
     walked = (lists.theta, lists.m, lists.u, lists.v, lists.w, lists.vmax, lists.master)
     contiguous = all(all(map(_is_contiguous, tensors)) for tensors in (lists.g, *walked))
-    found: list[Any] = [lists.theta[0].device, list(lists.group_sizes), contiguous]
+    found: list[Any] = [
+        lists.theta[0].device, list(lists.group_sizes), list(lists.rounding), contiguous
+    ]  # fmt: skip
     for tensors in walked:
         found.append(addresses(tensors))
         found.append(list(map(_dtype, tensors)))
@@ -177,16 +180,18 @@ def _chunk_map(numels: Sequence[int], chunk: int) -> tuple[list[int], list[int]]
 
 @dataclass
 class Combination:
-    """The tensors of one combination of dtypes: one launch.
+    """The tensors of one combination of dtypes and way of rounding: one launch.
 
     Attributes:
         rows: int64 [num_tensors, ROW] of multi_tensor_apply.py.
+        rounding: int64 [num_tensors, ROUNDING_FIELDS] of stochastic_rounding.py; None: to nearest.
         chunk_tensor: int32 [num_chunks], the row of each chunk's tensor.
     """
 
     theta_dtype: torch.dtype
     g_dtype: torch.dtype
     rows: Tensor
+    rounding: Tensor | None
     chunk_tensor: Tensor
     num_tensors: int
     num_chunks: int
@@ -197,7 +202,7 @@ class UpdateTable(_Table):
 
     Attributes:
         needs_fitting: a tensor is not laid out as its parameter; then there are no tables.
-        combinations: one per combination of parameter and gradient dtype.
+        combinations: one per combination of parameter and gradient dtype and way of rounding.
         steps, group_steps: int64 addresses of the counters.
     """
 
@@ -209,6 +214,7 @@ class UpdateTable(_Table):
         if not needs_fitting:
             self._build(lists, uploads)
         tensors = [t for c in self.combinations for t in (c.rows, c.chunk_tensor)]
+        tensors += [c.rounding for c in self.combinations if c.rounding is not None]
         if not needs_fitting:
             tensors += [self.steps, self.group_steps]
         super().__init__(device, tensors, uploads)
@@ -227,10 +233,12 @@ class UpdateTable(_Table):
             group for group, size in enumerate(lists.group_sizes) for _ in range(size)
         ]
         columns[mta.INDEX.value] = list(range(n))
-        members: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        rounding = rows_of(lists.rounding) or [NEAREST] * n
+        members: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
         for i, (theta, g) in enumerate(zip(lists.theta, lists.g, strict=True)):
-            members.setdefault((theta.dtype, g.dtype), []).append(i)
-        for (theta_dtype, g_dtype), indices in members.items():
+            kind = theta.dtype, g.dtype, rounding[i].is_stochastic()
+            members.setdefault(kind, []).append(i)
+        for (theta_dtype, g_dtype, is_stochastic), indices in members.items():
             first, tensor_of = _chunk_map(
                 [columns[mta.NUMEL.value][i] for i in indices], mta.CHUNK.value
             )
@@ -244,6 +252,9 @@ class UpdateTable(_Table):
                     theta_dtype,
                     g_dtype,
                     uploads.copy(words),
+                    uploads.copy([word for i in indices for word in rounding[i]])
+                    if is_stochastic
+                    else None,
                     uploads.copy(tensor_of, torch.int32),
                     len(indices),
                     len(tensor_of),

@@ -79,6 +79,10 @@ class PretrainingLosses(nn.Module):
         return pretraining_losses(self.model, batch)
 
 
+#: What the parameter groups of `decay_groups` are called in logs and plots.
+GROUPS = ("weights", "biases and LayerNorm")
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: weights with decay; biases and LayerNorm without."""
     undecayed = {

@@ -56,6 +56,7 @@ def build_optimizer(
     if choice.maxva:
         arguments["beta_min"] = settings["beta_min"]
         arguments["max_grad_norm"] = settings["max_grad_norm"]
+        arguments["collect_stats"] = True
     try:
         optimizer = choice.load()(groups, **arguments)
     except ImportError as error:
@@ -75,6 +76,14 @@ def build_optimizer(
         optimizer.step()
 
     return optimizer, clip_and_step
+
+
+def telemetry(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """What the last step did, a dict per parameter group; empty for optimizers that do not tell.
+
+    All processes call it: where parameters are sharded the values are those of all.
+    """
+    return optimizer.stats() if hasattr(optimizer, "stats") else []
 
 
 def warmup_polynomial(

@@ -24,7 +24,7 @@ from corpus import load_corpus, train_tokenizer
 from data import IGNORED_LABEL, PretrainingExamples, tokenize
 from errors import UserError
 from model import SHAPES, PretrainingLosses, decay_groups
-from optimizers import build_optimizer, warmup_polynomial
+from optimizers import build_optimizer, telemetry, warmup_polynomial
 from parallel import Ranks, exchanging_gradients, full_state, load_full_state, wrap
 from progress import Progress
 from settings import parse_settings, resumed_settings, saved_settings, validate
@@ -34,7 +34,8 @@ from transformers import BertForPreTraining
 # Held-out pairs and masks do not depend on --seed, so that runs compare.
 EVAL_SEED = 0
 PLOT, METRICS, TOKENIZER, TENSORBOARD = "loss.png", "metrics.json", "tokenizer.json", "tensorboard"
-STATE_FORMAT = 2
+TELEMETRY_PLOT = "telemetry.png"
+STATE_FORMAT = 3
 # The parts of a checkpoint that process 0 alone holds whole.
 _TENSORS = ("model", "optimizer")
 
@@ -102,7 +103,7 @@ class Run:
             self.optimizer, settings["steps"], settings["warmup"], settings["decay_power"]
         )
         self.step = 0
-        self.history: dict[str, list] = {"train": [], "held_out": []}
+        self.history: dict[str, list] = {"train": [], "held_out": [], "telemetry": []}
         self.held_out_nsp_accuracy = float("nan")
         self.seconds = {"train": 0.0, "optimizer": 0.0}
         if state:
@@ -298,6 +299,7 @@ class Run:
             **self.made_with,
             "torch": torch.__version__,
             "plot": str(self.out / PLOT),
+            "telemetry": str(self.out / TELEMETRY_PLOT) if self.history["telemetry"] else None,
             "metrics": str(self.out / METRICS),
             "checkpoint": str(saved),
             "settings": saved_settings(self.settings),
@@ -353,8 +355,11 @@ def train(run: Run, stop: StopFlag) -> signal.Signals | None:
             run.seconds["train"] += seconds
             run.seconds["optimizer"] += optimizer_seconds
             run.history["train"].append([loss, mlm])
+            told = telemetry(run.optimizer)
+            if told:
+                run.history["telemetry"].append(told)
             speed = settings["batch_size"] / seconds
-            progress.stepped(run.step, loss, mlm, lr, speed, 1e3 * optimizer_seconds)
+            progress.stepped(run.step, loss, mlm, lr, speed, 1e3 * optimizer_seconds, told)
             if run.step % settings["eval_every"] == 0 or run.step == steps:
                 evaluate()
             stopped_by = run.ranks.maximum(stop.signal or 0)
@@ -418,7 +423,7 @@ def _make_folder(run: Run) -> None:
 
 def _delete_run(out: Path) -> None:
     """Deletes what a run writes, nothing else."""
-    files = [out / name for name in (PLOT, METRICS, TOKENIZER)]
+    files = [out / name for name in (PLOT, TELEMETRY_PLOT, METRICS, TOKENIZER)]
     for path in [*files, *out.glob("checkpoint*.pt"), *out.glob("checkpoint*.pt.damaged")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
@@ -437,6 +442,8 @@ def _report(run: Run, saved: Path, stopped_by: signal.Signals | None) -> None:
     metrics = run.metrics(saved)
     title = f"BERT {run.settings['config']}, {run.settings['optimizer']}"
     report.plot_losses(run.out / PLOT, run.history, run.unigram_mlm, title)
+    if run.history["telemetry"]:
+        report.plot_telemetry(run.out / TELEMETRY_PLOT, run.history["telemetry"], title)
     report.write_metrics(run.out / METRICS, metrics)
     print(report.summary(metrics))
 

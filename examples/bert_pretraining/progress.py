@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from model import GROUPS
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -49,9 +50,16 @@ class Progress:
             self._bar.write(f"step {step:>6}: held-out MLM loss {mlm:.4f}", file=sys.stdout)
 
     def stepped(
-        self, step: int, loss: float, mlm: float, lr: float, speed: float, optimizer_ms: float
+        self,
+        step: int,
+        loss: float,
+        mlm: float,
+        lr: float,
+        speed: float,
+        optimizer_ms: float,
+        told: list[dict[str, float]],
     ) -> None:
-        """Shows a training step; `speed` is in sequences per second."""
+        """Shows a training step; `speed` is in sequences per second, `told` the telemetry."""
         if not self._log:
             return
         scalars = {
@@ -61,6 +69,9 @@ class Progress:
             "speed/sequences_per_second": speed,
             "speed/optimizer_ms": optimizer_ms,
         }
+        for group, values in zip(GROUPS, told, strict=False):
+            tag = group.replace(" ", "_")
+            scalars.update((f"{name}/{tag}", value) for name, value in values.items())
         for name, value in scalars.items():
             self._log.add_scalar(name, value, step)
         self._bar.set_postfix_str(

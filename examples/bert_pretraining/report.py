@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from model import GROUPS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,6 +38,39 @@ def plot_losses(path: Path, history: dict[str, list], unigram: float, title: str
     plt.close(figure)
 
 
+def plot_telemetry(path: Path, telemetry: list[list[dict[str, float]]], title: str) -> None:
+    """Draws what the optimizer told: beta_t, step size and gradient norm over steps.
+
+    Args:
+        path: PNG to write.
+        telemetry: Per step from 1 on and per group what `optimizer.stats()` returned.
+        title: Title of the figure.
+    """
+    steps = range(1, len(telemetry) + 1)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    styles = zip(GROUPS, ("-", "--"), strict=True)
+    for group, (name, style) in enumerate(styles):
+
+        def line(place: int, key: str, label: str, group: int = group, style: str = style) -> None:
+            values = [told[group][key] for told in telemetry]
+            axes[place].plot(steps, values, style, lw=1, label=label)
+
+        line(0, "mean_beta", f"mean beta_t, {name}")
+        line(0, "share_at_beta_min", f"share at beta_min, {name}")
+        line(0, "share_at_beta_max", f"share at betas[1], {name}")
+        line(1, "mean_step_size", name)
+        line(2, "grad_norm", name)
+    axes[0].set(xlabel="step", title="averaging coefficient")
+    axes[1].set(xlabel="step", yscale="log", title="mean |eta update|")
+    axes[2].set(xlabel="step", yscale="log", title="gradient norm before clipping")
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Writes `metrics` as JSON, in one piece or not at all."""
     temporary = path.with_suffix(".tmp")
@@ -57,6 +91,7 @@ def summary(metrics: dict[str, Any]) -> str:
         "optimizer": f"{metrics['optimizer']}, {metrics['optimizer_ms']:.2f} ms a step, "
         f"{metrics['optimizer_share']:.2%} of the step time",
         "plot": metrics["plot"],
+        "telemetry": metrics["telemetry"] or "none: the optimizer does not tell",
         "metrics": metrics["metrics"],
         "checkpoint": metrics["checkpoint"],
     }
