@@ -675,6 +675,8 @@ BAD = {
     "of others": (["--optimizers", "AdamW-fused+sr"], "there are +clip, +amsgrad"),
     "absent": (["--optimizers", "apex-FusedAdam"], "'apex-FusedAdam' is not available: it is for"),
     "baseline": (["--baseline", "SGD"], "optimizer 'SGD' is not known"),
+    "ncu": (["--ncu", "--models", "bert-huge"], "model 'bert-huge' is not known"),
+    "ncu's optimizer": (["--ncu", "--optimizers", "Lion"], "optimizer 'Lion' is not known"),
     "no factory": (["--model", "bert-base"], "--model must be MODULE:FACTORY"),
     "device": (["--device", "abacus"], "--device must be cpu, cuda or cuda:N"),
     "rounds": (["--rounds", "0"], "must be a number above 0"),

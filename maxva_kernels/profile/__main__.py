@@ -181,16 +181,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         InputError: a name is not known or not available, a file does not fit.
     """
     device = find_device(options.device)
-    models = [find_model(name) for name in options.models or []]
-    for name in options.model:
-        if ":" not in name:
-            raise InputError(f"--model must be MODULE:FACTORY, is {name!r}; --models takes names")
-        models.append(find_model(name))
-    if options.shapes:
-        models.append(load_shapes(options.shapes))
-    for dtype in options.dtypes:
-        if dtype not in DTYPE_MODES:
-            raise unknown("dtype", dtype, DTYPE_MODES)
+    models = chosen_models(options)
     backends = measured_backends(device.type)
     if options.backends:
         backends = [check_backend(name, device.type) for name in options.backends]
@@ -207,6 +198,21 @@ def make_plan(options: argparse.Namespace) -> Plan:
         options.threads or [torch.get_num_threads() if device.type == "cpu" else None],
         missing,
     )
+
+
+def chosen_models(options: argparse.Namespace) -> list[Model]:
+    """The models that the options name; checks the dtype modes, too."""
+    models = [find_model(name) for name in options.models or []]
+    for name in options.model:
+        if ":" not in name:
+            raise InputError(f"--model must be MODULE:FACTORY, is {name!r}; --models takes names")
+        models.append(find_model(name))
+    if options.shapes:
+        models.append(load_shapes(options.shapes))
+    for dtype in options.dtypes:
+        if dtype not in DTYPE_MODES:
+            raise unknown("dtype", dtype, DTYPE_MODES)
+    return models
 
 
 def _contenders(
@@ -266,7 +272,14 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def ncu_command(options: argparse.Namespace) -> str:
-    """The Nsight Compute command that profiles one launch of our update kernel."""
+    """The Nsight Compute command that profiles one launch of our update kernel.
+
+    Raises:
+        InputError: a name is not known. Whether there is a GPU is not asked.
+    """
+    chosen_models(options)
+    for name in options.optimizers or []:
+        parse(name, ["cuda"])
     ours = next((n for n in options.optimizers or OURS if n.split("+")[0] in OURS), "FusedMAdam")
     backend = next((name for name in options.backends or [] if name in ("cuda", "triton")), "cuda")
     target = ["--device", options.device or "cuda"]
