@@ -24,11 +24,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test test-external test-failure pretrain reproduce bench wheel gpu lint clean
+.PHONY: help test test-external test-failure pretrain reproduce profile bench wheel gpu lint clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | sed -n '1,7p'
-	@echo "Targets: test, test-external, test-failure, pretrain, reproduce, bench, wheel, gpu, lint, clean"
+	@echo "Targets: test, test-external, test-failure, pretrain, reproduce, profile, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -70,6 +70,10 @@ pretrain: $(STAMPS)/extension
 reproduce: $(STAMPS)/extension
 	$(PY) examples/reproduction/reproduce.py $(ARGS)
 
+# times, bandwidth and memory of a step: ARGS="--help" says what can be chosen
+profile: $(STAMPS)/extension
+	$(PY) -m maxva_kernels.profile $(ARGS)
+
 bench: $(STAMPS)/extension
 	$(PY) -m pytest bench --results bench/results/latest \
 	  --benchmark-json=bench/results/benchmark.json $(ARGS)
@@ -78,7 +82,7 @@ bench: $(STAMPS)/extension
 wheel:
 	PYTHON=$(PYTHON) tools/make_wheel.sh
 
-# build, tests and benchmarks on this machine's GPU, with PYTHON's own packages, offline
+# build, tests and the profiler on this machine's GPU, with PYTHON's own packages, offline
 gpu:
 	PYTHON=$(PYTHON) tools/run_gpu.sh
 

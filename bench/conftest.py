@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from measure import environment
-from step_report import plot, table
 
-_ROWS: list[dict[str, Any]] = []
+from maxva_kernels.profile.comparison import Row
+from maxva_kernels.profile.measure import environment
+from maxva_kernels.profile.report import document, plot_bars, table
+
+_ROWS: list[Row] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +45,7 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 
 
 @pytest.fixture
-def results() -> list[dict[str, Any]]:
+def results() -> list[Row]:
     """Where a benchmark leaves its rows."""
     return _ROWS
 
@@ -65,12 +67,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if stem:
         path = Path(stem)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(
-            json.dumps({"environment": about, "rows": _ROWS}, indent=1) + "\n"
-        )
+        report = json.dumps(document(_ROWS, about, {}), indent=1)
+        path.with_suffix(".json").write_text(report + "\n")
         path.with_suffix(".md").write_text(text + "\n")
         written = f"wrote {path}.json, .md"
         if importlib.util.find_spec("matplotlib"):
-            plot(_ROWS, about, path.with_suffix(".png"))
+            plot_bars(_ROWS, about, path.with_suffix(".png"))
             written += ", .png"
         terminalreporter.write_line(written)

@@ -19,16 +19,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measure import STREAM_BYTES, environment, make_groups, stream
-from shapes import MODELS, Shapes, bert, num_parameters
 from torch import multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from maxva_kernels import FusedMAdam
+from maxva_kernels.profile.measure import STREAMS, environment, make_groups, stream
+from maxva_kernels.profile.models import MODELS, Shapes, bert, num_parameters
+from maxva_kernels.profile.traffic import DTYPE_MODES, maxva_bytes
 
-#: float32: read theta g m u v w, write theta m u v w; clipping reads g once more.
-UPDATE_BYTES, NORM_BYTES = 44, 4
+#: With clipping, as everything here.
+BYTES = maxva_bytes("madam", DTYPE_MODES["float32"], frozenset({"clip"}))
+STREAM_BYTES = STREAMS["cpu"][1]
 #: m, u, v and w.
 STATE_BYTES = 16
 CHECKED = bert(layers=4, hidden=512)
@@ -77,7 +79,7 @@ class Hardware:
 def paper_step(shapes: Shapes, strategy: str, ranks: int, shards: int, on: Hardware) -> float:
     """Seconds of an optimizer step with clipping on the slowest rank."""
     share = largest_share(shapes, strategy, ranks, shards)
-    seconds = on.fixed + (UPDATE_BYTES + NORM_BYTES) * share / on.bandwidth
+    seconds = on.fixed + BYTES * share / on.bandwidth
     divided = {"DDP": 1, "HSDP": min(ranks, shards)}.get(strategy, ranks)
     seconds += 2 * math.ceil(math.log2(divided)) * on.hop
     if strategy == "ZeRO-1":
@@ -95,7 +97,10 @@ def decoder_70b() -> Shapes:
 def paper() -> None:
     shards, on = 64, Hardware()
     print(f"{on}, HSDP over {shards} ranks; states in GB | step in ms, per rank\n")
-    for name, shapes in (("BERT-large", MODELS["bert-large"]), ("decoder of 70 B", decoder_70b())):
+    for name, shapes in (
+        ("BERT-large", MODELS["bert-large"].shapes),
+        ("decoder of 70 B", decoder_70b()),
+    ):
         print(f"| {name}, ranks | DDP | FSDP2 | HSDP | ZeRO-1 |\n|---|---|---|---|---|")
         for ranks in (1, 8, 64, 512, 1024, 4096, 10_000):
             cells = []
@@ -158,7 +163,7 @@ def check_strategy(strategy: str, ranks: int, rounds: int) -> list[float]:
     # The same number of tensors with next to nothing in them: what does not grow with size.
     fixed = make_optimizer([((ranks,), decays) for _, decays in CHECKED], strategy, mesh)
     share = largest_share(CHECKED, strategy, ranks, shards=ranks // 2)
-    update = (UPDATE_BYTES + NORM_BYTES) * share
+    update = BYTES * share
     add = stream(STREAMED)
     # As many bytes as the update moves, so that other programs disturb both alike.
     repeats = max(1, round(update / (STREAM_BYTES * STREAMED)))

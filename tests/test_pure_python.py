@@ -79,7 +79,11 @@ def test_wheel_is_pure(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"maxva_kernels/backends.py", "maxva_kernels/triton_kernels/maxva_math.py"} <= names
+    assert {
+        "maxva_kernels/backends.py",
+        "maxva_kernels/profile/__main__.py",
+        "maxva_kernels/triton_kernels/maxva_math.py",
+    } <= names
     assert not [n for n in names if "_build_info" in n or n.endswith((".so", ".pyd", ".h"))]
     assert not [n for n in names if n.startswith(("triton_kernels/", "tests/", "bench/"))]
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call and offline: builds in place for the GPU that is there,
-# runs the tests marked gpu, memcheck on a small case and the benchmarks.
+# runs the tests marked gpu, memcheck on a small case, and the profiler.
 #
 #   PYTHON=python3   an interpreter whose packages are used as they are: a CUDA build of torch,
 #                    setuptools, pytest, ninja, pybind11, numpy
-# Results: bench/results/<gpu>-<date>.json and .md
+#   PROFILE="..."    options of maxva-profile instead of those below
+# Results: bench/results/<gpu>-<date>.json, .md, -trace.json and, with matplotlib, plots in a folder
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,5 +43,10 @@ else
   echo "== memcheck: compute-sanitizer is not installed"
 fi
 mkdir -p bench/results
-stage "benchmarks" timeout 240 "$PYTHON" -m pytest -q bench --results "$STEM"
+PROFILE=${PROFILE:---dtypes float32,bf16-master --clip --seconds 2}
+PLOTS=()
+"$PYTHON" -c 'import matplotlib' 2>/dev/null && PLOTS=(--plots "$STEM")
+# shellcheck disable=SC2086 # several options in one variable
+stage "profile" timeout 400 "$PYTHON" -m maxva_kernels.profile --device cuda $PROFILE \
+  --json "$STEM.json" --markdown "$STEM.md" --trace "$STEM-trace.json" "${PLOTS[@]}"
 exit $failed

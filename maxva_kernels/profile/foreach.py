@@ -1,7 +1,7 @@
 """MAdam in torch._foreach operations: what one gets without writing a kernel.
 
 A baseline for timing only: decoupled decay, no options. The same equations as
-maxva_kernels/reference.py; tests/test_bench.py holds the two against each other.
+maxva_kernels/reference.py; tests/test_profile.py holds the two against each other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ForeachMAdam(torch.optim.Optimizer):
         self._t = 0
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self._t += 1
         for group in self.param_groups:
             theta = [p for p in group["params"] if p.grad is not None]
@@ -41,11 +41,20 @@ class ForeachMAdam(torch.optim.Optimizer):
             m, u, v, w = ([self.state[p][key] for p in theta] for key in "muvw")
             self._update(group, theta, g, m, u, v, w)
 
-    def _update(self, group, theta, g, m, u, v, w):
-        f = torch
+    def _update(
+        self,
+        group: dict[str, Any],
+        theta: list[Tensor],
+        g: list[Tensor],
+        m: list[Tensor],
+        u: list[Tensor],
+        v: list[Tensor],
+        w: list[Tensor],
+    ) -> None:
+        f: Any = torch  # whose foreach operations take and return more than they are declared with
         alpha, beta_high = group["betas"]
         if self._t == 1:
-            c: list[Tensor] | float = 1 - beta_high
+            c: Any = 1 - beta_high
         else:
             mean = f._foreach_div(u, w)
             d = f._foreach_sub(g, mean)
