@@ -119,16 +119,11 @@ class Case:
 class Comparison:
     """Callable that runs a round; makes, checks and warms up everything when it is made."""
 
-    def __init__(self, case: Case, clock: Clock | None = None) -> None:
-        """Makes what is measured.
-
-        Args:
-            case: with contenders that fit in memory together.
-            clock: instead of the device's own.
-        """
+    def __init__(self, case: Case) -> None:
+        """Takes a case whose contenders fit in memory together."""
         self.case = case
         self.problems = Problems()
-        self._clock = clock or self._make_clock()
+        self._clock = self._make_clock()
         self._groups: dict[tuple[torch.dtype, torch.dtype], Groups] = {}
         self._facts: dict[str, Row] = {}
         #: What a round runs, by label; for `--trace`, too.

@@ -236,7 +236,8 @@ def plot_roofline(rows: list[Row], about: Row, path: Path) -> None:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.margins(x=0.1)
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        set_limits(limits[0] / 2, limits[1] * 2)
     axes.set_xlabel("bytes that a step must move")
     axes.set_ylabel("GB/s: kernels (full), whole step() (hollow)")
     _save(figure, path)
