@@ -102,7 +102,7 @@ MAXVA_INLINE void divide_block(const T* __restrict from, T divisor, T* __restric
 }
 
 // The sums of statistics.h over a chunk, in lanes that are added up at its end: a sum in one
-// variable would wait for each of its additions. Squares below the compute type's range are lost.
+// variable would wait for each of its additions.
 template <typename T>
 struct ChunkStatistics {
   static constexpr int kLanes = 16;
@@ -110,8 +110,9 @@ struct ChunkStatistics {
   alignas(64) T squares[kLanes] = {}, sums[kLanes] = {}, steps[kLanes] = {};
   alignas(64) Count at_beta_min[kLanes] = {}, at_beta_max[kLanes] = {};
 
+  template <typename Ops>
   MAXVA_INLINE void add_one(T c, T length, T g, int lane, T c_min, T c_max) {
-    squares[lane] += g * g;
+    squares[lane] = Ops::fma(g, g, squares[lane]);
     sums[lane] += c;
     steps[lane] += length;
     at_beta_min[lane] += c == c_max;
@@ -119,6 +120,7 @@ struct ChunkStatistics {
   }
 
   // Of a block, at most: 1 - beta_t in c, step lengths, gradients.
+  template <typename Ops>
   MAXVA_INLINE void add(const T* __restrict c, const T* __restrict length,
                         const T* __restrict g_raw, int64_t n, const Scalars<T>& s) {
     const T c_min = s.c_min, c_max = s.c_max;
@@ -126,10 +128,10 @@ struct ChunkStatistics {
     for (; i + kLanes <= n; i += kLanes) {
       MAXVA_VECTORIZE
       for (int k = 0; k < kLanes; ++k) {
-        add_one(c[i + k], length[i + k], g_raw[i + k], k, c_min, c_max);
+        add_one<Ops>(c[i + k], length[i + k], g_raw[i + k], k, c_min, c_max);
       }
     }
-    for (int k = 0; i < n; ++i, ++k) add_one(c[i], length[i], g_raw[i], k, c_min, c_max);
+    for (int k = 0; i < n; ++i, ++k) add_one<Ops>(c[i], length[i], g_raw[i], k, c_min, c_max);
   }
 
   MAXVA_INLINE void total(double* statistics) const {
@@ -151,6 +153,7 @@ constexpr int64_t kCallsAtOnce = 8;
 // The calls first, first + 1, ...: at least `calls` of them.
 inline void random_calls(const RandomBits& random, int64_t first, int64_t calls,
                          uint16_t* __restrict low) {
+  MAXVA_VECTORIZE
   for (int64_t k = 0; k < calls; ++k) {
     const PhiloxWords of_call = random.words(first + k);
     for (int j = 0; j < 4; ++j) low[4 * k + j] = static_cast<uint16_t>(of_call.x[j]);
@@ -390,6 +393,12 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   if (collect) {
     double totals[kStatistics] = {};
     statistics.total(totals);
+    if (!(totals[kGradientSquares] > 1e-30 && totals[kGradientSquares] < 1e30)) {
+      // some squares may be outside of float's range; kStates has not divided g in place
+      const double scale = chunk.grad_scale && phase == Phase::kStates ? *chunk.grad_scale : 1;
+      totals[kGradientSquares] =
+          Ops::sum_of_squares(chunk.g, chunk.g_dtype, chunk.n) / (scale * scale);
+    }
     for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
       chunk.statistics[k] = totals[k];
     }
@@ -405,28 +414,28 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
 
 // Entry points of one instruction set: thin functions with a target, everything else inlined; but
 // what few steps use is a function of its own, so that it is not compiled into every variant.
-#define MAXVA_ISA(name, target, Fma, calls)                                                               \
+#define MAXVA_ISA(name, target, Fma, calls)                                                        \
   struct Ops_##name : Fma {                                                                        \
-    static constexpr auto random_calls = calls; \
+    static constexpr auto random_calls = calls;                                                    \
+    target MAXVA_NO_INLINE static double sum_of_squares(const void* g, DType dtype, int64_t n) {   \
+      return sum_of_squares_chunk(g, dtype, n);                                                    \
+    }                                                                                              \
     template <typename T>                                                                          \
     target MAXVA_NO_INLINE static void store_stochastically(const T* from, BFloat16* to,           \
                                                             const RandomBits& random, int64_t i,   \
                                                             int64_t n) {                           \
-      maxva::store_stochastically<Ops_##name>(from, to, random, i, n);                                         \
+      maxva::store_stochastically<Ops_##name>(from, to, random, i, n);                             \
     }                                                                                              \
     template <typename T>                                                                          \
     target MAXVA_NO_INLINE static void add_statistics(const T* c, const T* update, const T* g_raw, \
                                                       int64_t n, const Scalars<T>& s,              \
                                                       ChunkStatistics<T>& statistics) {            \
-      statistics.add(c, update, g_raw, n, s);                                                      \
+      statistics.template add<Ops_##name>(c, update, g_raw, n, s);                                 \
     }                                                                                              \
   };                                                                                               \
   template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                       \
   target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) {   \
     return update_chunk<kAlgorithm, kAmsgrad, Ops_##name>(chunk, s, phase);                        \
-  }                                                                                                \
-  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                     \
-    return sum_of_squares_chunk(g, dtype, n);                                                      \
   }                                                                                                \
   const CpuKernels kernels_##name = {                                                              \
       #name,                                                                                       \
@@ -434,7 +443,7 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
        {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},     \
       {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},          \
        {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},     \
-      sum_of_squares_##name};
+      Ops_##name::sum_of_squares};
 
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__) || defined(__FMA__)
 MAXVA_ISA(baseline, , FusedMultiplyAdd, maxva::random_calls)
