@@ -9,6 +9,11 @@
 
 #include "low_precision.h"
 
+#if defined(__x86_64__)
+#define MAXVA_X86 1
+#include <immintrin.h>
+#endif
+
 namespace maxva {
 namespace {
 
@@ -97,7 +102,7 @@ MAXVA_INLINE void divide_block(const T* __restrict from, T divisor, T* __restric
 }
 
 // The sums of statistics.h over a chunk, in lanes that are added up at its end: a sum in one
-// variable would wait for each of its additions. Squares below the compute type's range are lost.
+// variable would wait for each of its additions.
 template <typename T>
 struct ChunkStatistics {
   static constexpr int kLanes = 16;
@@ -105,8 +110,9 @@ struct ChunkStatistics {
   alignas(64) T squares[kLanes] = {}, sums[kLanes] = {}, steps[kLanes] = {};
   alignas(64) Count at_beta_min[kLanes] = {}, at_beta_max[kLanes] = {};
 
+  template <typename Ops>
   MAXVA_INLINE void add_one(T c, T length, T g, int lane, T c_min, T c_max) {
-    squares[lane] += g * g;
+    squares[lane] = Ops::fma(g, g, squares[lane]);
     sums[lane] += c;
     steps[lane] += length;
     at_beta_min[lane] += c == c_max;
@@ -114,6 +120,7 @@ struct ChunkStatistics {
   }
 
   // Of a block, at most: 1 - beta_t in c, step lengths, gradients.
+  template <typename Ops>
   MAXVA_INLINE void add(const T* __restrict c, const T* __restrict length,
                         const T* __restrict g_raw, int64_t n, const Scalars<T>& s) {
     const T c_min = s.c_min, c_max = s.c_max;
@@ -121,10 +128,10 @@ struct ChunkStatistics {
     for (; i + kLanes <= n; i += kLanes) {
       MAXVA_VECTORIZE
       for (int k = 0; k < kLanes; ++k) {
-        add_one(c[i + k], length[i + k], g_raw[i + k], k, c_min, c_max);
+        add_one<Ops>(c[i + k], length[i + k], g_raw[i + k], k, c_min, c_max);
       }
     }
-    for (int k = 0; i < n; ++i, ++k) add_one(c[i], length[i], g_raw[i], k, c_min, c_max);
+    for (int k = 0; i < n; ++i, ++k) add_one<Ops>(c[i], length[i], g_raw[i], k, c_min, c_max);
   }
 
   MAXVA_INLINE void total(double* statistics) const {
@@ -138,29 +145,85 @@ struct ChunkStatistics {
   }
 };
 
-// Random words of elements [i, i + n) of a tensor; `words` has room for three more on either side.
-MAXVA_INLINE const uint32_t* random_block(const RandomBits& random, int64_t i, int64_t n,
-                                          uint32_t* __restrict words) {
-  if (!random.in_a_row) {
-    for (int64_t k = 0; k < n; ++k) words[k] = random.word(i + k);
-    return words;
-  }
-  const int64_t first = (i + random.offset) / 4, skipped = (i + random.offset) % 4;
-  const int64_t calls = (skipped + n + 3) / 4;
+// Note [Random words]
+// Rounding takes the low 16 bits of a word. Those of a Philox call are kept as four uint16 in a
+// row; kCallsAtOnce calls are made whether all are needed or not, so that no loop has a remainder.
+constexpr int64_t kCallsAtOnce = 8;
+
+// The calls first, first + 1, ...: at least `calls` of them.
+inline void random_calls(const RandomBits& random, int64_t first, int64_t calls,
+                         uint16_t* __restrict low) {
   MAXVA_VECTORIZE
   for (int64_t k = 0; k < calls; ++k) {
     const PhiloxWords of_call = random.words(first + k);
-    for (int j = 0; j < 4; ++j) words[4 * k + j] = of_call.x[j];
+    for (int j = 0; j < 4; ++j) low[4 * k + j] = static_cast<uint16_t>(of_call.x[j]);
   }
-  return words + skipped;
+}
+
+#if defined(MAXVA_X86)
+// As above, in 64-bit lanes of one call each: one instruction, which GCC does not find, gives both
+// halves of a product. Only the lower halves of x0 to x3 are words.
+__attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& random,
+                                                              int64_t first, int64_t calls,
+                                                              uint16_t* __restrict low) {
+  constexpr int kLanes = 4, kVectors = kCallsAtOnce / kLanes;
+  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultipliers[0]);
+  const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultipliers[1]);
+  const __m256i key_step0 = _mm256_set1_epi64x(kPhiloxKeySteps[0]);
+  const __m256i key_step1 = _mm256_set1_epi64x(kPhiloxKeySteps[1]);
+  for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
+    __m256i x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      const __m256i call = _mm256_add_epi64(_mm256_set1_epi64x(first + k + j * kLanes),
+                                            _mm256_set_epi64x(3, 2, 1, 0));
+      x0[j] = call;
+      x1[j] = _mm256_srli_epi64(call, 32);
+      x2[j] = _mm256_set1_epi64x(random.parameter);
+      x3[j] = _mm256_set1_epi64x(random.t);
+    }
+    __m256i key0 = _mm256_set1_epi64x(random.key0), key1 = _mm256_set1_epi64x(random.key1);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int j = 0; j < kVectors; ++j) {
+        const __m256i a = _mm256_mul_epu32(x0[j], multiplier0);
+        const __m256i b = _mm256_mul_epu32(x2[j], multiplier1);
+        x0[j] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(x1[j], key0));
+        x2[j] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(x3[j], key1));
+        x1[j] = b;
+        x3[j] = a;
+      }
+      key0 = _mm256_add_epi32(key0, key_step0);
+      key1 = _mm256_add_epi32(key1, key_step1);
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      // the low 16 bits of x0, x1, x2, x3 from the lane's lowest to its highest
+      const __m256i x01 = _mm256_blend_epi16(x0[j], _mm256_slli_epi64(x1[j], 16), 0b10101010);
+      const __m256i x23 = _mm256_blend_epi16(x2[j], _mm256_slli_epi64(x3[j], 16), 0b10101010);
+      const __m256i of_calls = _mm256_blend_epi16(x01, _mm256_slli_epi64(x23, 32), 0b11001100);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + 4 * (k + j * kLanes)), of_calls);
+    }
+  }
+}
+#endif
+
+// Random bits of elements [i, i + n) of a tensor.
+template <typename Ops>
+MAXVA_INLINE const uint16_t* random_block(const RandomBits& random, int64_t i, int64_t n,
+                                          uint16_t* __restrict low) {
+  if (!random.in_a_row) {
+    for (int64_t k = 0; k < n; ++k) low[k] = static_cast<uint16_t>(random.word(i + k));
+    return low;
+  }
+  const int64_t first = (i + random.offset) / 4, skipped = (i + random.offset) % 4;
+  Ops::random_calls(random, first, (skipped + n + 3) / 4, low);
+  return low + skipped;
 }
 
 // Elements [i, i + n) of a tensor, at most a block.
-template <typename T>
+template <typename Ops, typename T>
 MAXVA_INLINE void store_stochastically(const T* __restrict from, BFloat16* __restrict to,
                                        const RandomBits& random, int64_t i, int64_t n) {
-  alignas(64) uint32_t words[kBlock + 8];
-  const uint32_t* __restrict of_block = random_block(random, i, n, words);
+  alignas(64) uint16_t low[kBlock + 4 * kCallsAtOnce];
+  const uint16_t* __restrict of_block = random_block<Ops>(random, i, n, low);
   MAXVA_VECTORIZE
   for (int64_t k = 0; k < n; ++k) from_compute(static_cast<float>(from[k]), of_block[k], to[k]);
 }
@@ -330,6 +393,12 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   if (collect) {
     double totals[kStatistics] = {};
     statistics.total(totals);
+    if (!(totals[kGradientSquares] > 1e-30 && totals[kGradientSquares] < 1e30)) {
+      // some squares may be outside of float's range; kStates has not divided g in place
+      const double scale = chunk.grad_scale && phase == Phase::kStates ? *chunk.grad_scale : 1;
+      totals[kGradientSquares] =
+          Ops::sum_of_squares(chunk.g, chunk.g_dtype, chunk.n) / (scale * scale);
+    }
     for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
       chunk.statistics[k] = totals[k];
     }
@@ -345,27 +414,28 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
 
 // Entry points of one instruction set: thin functions with a target, everything else inlined; but
 // what few steps use is a function of its own, so that it is not compiled into every variant.
-#define MAXVA_ISA(name, target, Fma)                                                               \
+#define MAXVA_ISA(name, target, Fma, calls)                                                        \
   struct Ops_##name : Fma {                                                                        \
+    static constexpr auto random_calls = calls;                                                    \
+    target MAXVA_NO_INLINE static double sum_of_squares(const void* g, DType dtype, int64_t n) {   \
+      return sum_of_squares_chunk(g, dtype, n);                                                    \
+    }                                                                                              \
     template <typename T>                                                                          \
     target MAXVA_NO_INLINE static void store_stochastically(const T* from, BFloat16* to,           \
                                                             const RandomBits& random, int64_t i,   \
                                                             int64_t n) {                           \
-      maxva::store_stochastically(from, to, random, i, n);                                         \
+      maxva::store_stochastically<Ops_##name>(from, to, random, i, n);                             \
     }                                                                                              \
     template <typename T>                                                                          \
     target MAXVA_NO_INLINE static void add_statistics(const T* c, const T* update, const T* g_raw, \
                                                       int64_t n, const Scalars<T>& s,              \
                                                       ChunkStatistics<T>& statistics) {            \
-      statistics.add(c, update, g_raw, n, s);                                                      \
+      statistics.template add<Ops_##name>(c, update, g_raw, n, s);                                 \
     }                                                                                              \
   };                                                                                               \
   template <Algorithm kAlgorithm, bool kAmsgrad, typename T>                                       \
   target SumsOfSquares update_##name(const ChunkView& chunk, const Scalars<T>& s, Phase phase) {   \
     return update_chunk<kAlgorithm, kAmsgrad, Ops_##name>(chunk, s, phase);                        \
-  }                                                                                                \
-  target double sum_of_squares_##name(const void* g, DType dtype, int64_t n) {                     \
-    return sum_of_squares_chunk(g, dtype, n);                                                      \
   }                                                                                                \
   const CpuKernels kernels_##name = {                                                              \
       #name,                                                                                       \
@@ -373,24 +443,23 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
        {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},     \
       {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},          \
        {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},     \
-      sum_of_squares_##name};
+      Ops_##name::sum_of_squares};
 
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__) || defined(__FMA__)
-MAXVA_ISA(baseline, , FusedMultiplyAdd)
+MAXVA_ISA(baseline, , FusedMultiplyAdd, maxva::random_calls)
 #else
-MAXVA_ISA(baseline, , SeparateMultiplyAdd)
+MAXVA_ISA(baseline, , SeparateMultiplyAdd, maxva::random_calls)
 #endif
 
-#if defined(__x86_64__)
-#define MAXVA_X86 1
+#if defined(MAXVA_X86)
 // 512-bit vectors have to be asked for: the default tuning stops at 256
 #if defined(__clang__)
 #define MAXVA_AVX512 "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"
 #else
 #define MAXVA_AVX512 "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512"
 #endif
-MAXVA_ISA(avx2, __attribute__((target("avx2,fma"))), FusedMultiplyAdd)
-MAXVA_ISA(avx512, __attribute__((target(MAXVA_AVX512))), FusedMultiplyAdd)
+MAXVA_ISA(avx2, __attribute__((target("avx2,fma"))), FusedMultiplyAdd, random_calls_avx2)
+MAXVA_ISA(avx512, __attribute__((target(MAXVA_AVX512))), FusedMultiplyAdd, random_calls_avx2)
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

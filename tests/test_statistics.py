@@ -134,6 +134,22 @@ def test_gradient_norm_is_unscaled_and_not_clipped(backend: str) -> None:
     assert opt.stats()[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("grad_scale", [None, 2.0])
+@pytest.mark.parametrize("trust_ratio", [False, True])
+@pytest.mark.parametrize("size", [1e-24, 3e17, 3e19])
+def test_gradient_norm_over_the_range_of_float(
+    size: float, trust_ratio: bool, grad_scale: float | None, backend: str
+) -> None:
+    """Squares leave it; 3e19 is beyond the update's own limit, but not beyond the norm's."""
+    torch.manual_seed(0)
+    p = Parameter(torch.ones(40001))
+    p.grad = torch.randn(p.shape) * size
+    norm = p.grad.double().norm().item() / (grad_scale or 1)
+    opt = FusedMAdam([p], collect_stats=True, trust_ratio=trust_ratio, backend=backend)
+    take_step(opt, grad_scale=grad_scale)
+    assert opt.stats()[0]["grad_norm"] == pytest.approx(norm, rel=1e-5, abs=0)
+
+
 def test_groups_are_told_apart(backend: str) -> None:
     """Two groups in one batch, one of another dtype's batch too, and one that does not collect."""
     torch.manual_seed(0)
