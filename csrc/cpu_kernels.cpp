@@ -167,10 +167,10 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
                                                               int64_t first, int64_t calls,
                                                               uint16_t* __restrict low) {
   constexpr int kLanes = 4, kVectors = kCallsAtOnce / kLanes;
-  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultipliers[0]);
-  const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultipliers[1]);
-  const __m256i key_step0 = _mm256_set1_epi64x(kPhiloxKeySteps[0]);
-  const __m256i key_step1 = _mm256_set1_epi64x(kPhiloxKeySteps[1]);
+  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
+  const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
+  const __m256i key_step0 = _mm256_set1_epi64x(kPhiloxKeyStep0);
+  const __m256i key_step1 = _mm256_set1_epi64x(kPhiloxKeyStep1);
   for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
     __m256i x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
     for (int j = 0; j < kVectors; ++j) {
