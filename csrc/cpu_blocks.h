@@ -142,18 +142,34 @@ struct ChunkStatistics {
   }
 };
 
+// The end of a chunk of gradients g: writes those of `statistics` that the phase sets.
+template <typename Ops, typename T>
+MAXVA_INLINE void leave_statistics(const ChunkStatistics<T>& statistics, Phase phase, const void* g,
+                                   DType g_dtype, int64_t n, const double* grad_scale,
+                                   double* of_chunk) {
+  double totals[kStatistics] = {};
+  statistics.total(totals);
+  if (!(totals[kGradientSquares] > 1e-30 && totals[kGradientSquares] < 1e30)) {
+    // some squares may be outside of float's range; kStates has not divided g in place
+    const double scale = grad_scale && phase == Phase::kStates ? *grad_scale : 1;
+    totals[kGradientSquares] = Ops::sum_of_squares(g, g_dtype, n) / (scale * scale);
+  }
+  for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) of_chunk[k] = totals[k];
+}
+
 // Note [Random words]
-// Rounding takes the low 16 bits of a word. Those of a Philox call are kept as four uint16 in a
-// row; kCallsAtOnce calls are made whether all are needed or not, so that no loop has a remainder.
+// kCallsAtOnce Philox calls are made whether all are needed or not, so that no loop has a
+// remainder; a block's words need room for one more such turn.
 constexpr int64_t kCallsAtOnce = 8;
+constexpr int64_t kBlockWords = kBlock + 4 * kCallsAtOnce;
 
 // The calls first, first + 1, ...: at least `calls` of them.
 inline void random_calls(const RandomBits& random, int64_t first, int64_t calls,
-                         uint16_t* __restrict low) {
+                         uint32_t* __restrict words) {
   MAXVA_VECTORIZE
   for (int64_t k = 0; k < calls; ++k) {
     const PhiloxWords of_call = random.words(first + k);
-    for (int j = 0; j < 4; ++j) low[4 * k + j] = static_cast<uint16_t>(of_call.x[j]);
+    for (int j = 0; j < 4; ++j) words[4 * k + j] = of_call.x[j];
   }
 }
 
@@ -162,7 +178,7 @@ inline void random_calls(const RandomBits& random, int64_t first, int64_t calls,
 // halves of a product. Only the lower halves of x0 to x3 are words.
 __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& random,
                                                               int64_t first, int64_t calls,
-                                                              uint16_t* __restrict low) {
+                                                              uint32_t* __restrict words) {
   constexpr int kLanes = 4, kVectors = kCallsAtOnce / kLanes;
   const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
   const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
@@ -192,35 +208,37 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
       key1 = _mm256_add_epi32(key1, key_step1);
     }
     for (int j = 0; j < kVectors; ++j) {
-      // the low 16 bits of x0, x1, x2, x3 from the lane's lowest to its highest
-      const __m256i x01 = _mm256_blend_epi16(x0[j], _mm256_slli_epi64(x1[j], 16), 0b10101010);
-      const __m256i x23 = _mm256_blend_epi16(x2[j], _mm256_slli_epi64(x3[j], 16), 0b10101010);
-      const __m256i of_calls = _mm256_blend_epi16(x01, _mm256_slli_epi64(x23, 32), 0b11001100);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + 4 * (k + j * kLanes)), of_calls);
+      const __m256i x01 = _mm256_blend_epi32(x0[j], _mm256_slli_epi64(x1[j], 32), 0b10101010);
+      const __m256i x23 = _mm256_blend_epi32(x2[j], _mm256_slli_epi64(x3[j], 32), 0b10101010);
+      const __m256i calls02 = _mm256_unpacklo_epi64(x01, x23);
+      const __m256i calls13 = _mm256_unpackhi_epi64(x01, x23);
+      auto* const to = reinterpret_cast<__m256i*>(words + 4 * (k + j * kLanes));
+      _mm256_storeu_si256(to, _mm256_permute2x128_si256(calls02, calls13, 0x20));
+      _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(calls02, calls13, 0x31));
     }
   }
 }
 #endif
 
-// Random bits of elements [i, i + n) of a tensor.
+// Random words of elements [i, i + n) of a tensor, at most a block; `words` has kBlockWords.
 template <typename Ops>
-MAXVA_INLINE const uint16_t* random_block(const RandomBits& random, int64_t i, int64_t n,
-                                          uint16_t* __restrict low) {
+MAXVA_INLINE const uint32_t* random_block(const RandomBits& random, int64_t i, int64_t n,
+                                          uint32_t* __restrict words) {
   if (!random.in_a_row) {
-    for (int64_t k = 0; k < n; ++k) low[k] = static_cast<uint16_t>(random.word(i + k));
-    return low;
+    for (int64_t k = 0; k < n; ++k) words[k] = random.word(i + k);
+    return words;
   }
   const int64_t first = (i + random.offset) / 4, skipped = (i + random.offset) % 4;
-  Ops::random_calls(random, first, (skipped + n + 3) / 4, low);
-  return low + skipped;
+  Ops::random_calls(random, first, (skipped + n + 3) / 4, words);
+  return words + skipped;
 }
 
 // Elements [i, i + n) of a tensor, at most a block.
 template <typename Ops, typename T>
 MAXVA_INLINE void store_stochastically(const T* __restrict from, BFloat16* __restrict to,
                                        const RandomBits& random, int64_t i, int64_t n) {
-  alignas(64) uint16_t low[kBlock + 4 * kCallsAtOnce];
-  const uint16_t* __restrict of_block = random_block<Ops>(random, i, n, low);
+  alignas(64) uint32_t words[kBlockWords];
+  const uint32_t* __restrict of_block = random_block<Ops>(random, i, n, words);
   MAXVA_VECTORIZE
   for (int64_t k = 0; k < n; ++k) from_compute(static_cast<float>(from[k]), of_block[k], to[k]);
 }
@@ -288,5 +306,9 @@ MAXVA_OPS(avx512, MAXVA_AVX512, FusedMultiplyAdd, random_calls_avx2)
 #else
 #define MAXVA_FOR_EACH_ISA(define) define(baseline, )
 #endif
+
+#define MAXVA_DECLARE(name, target) extern const PackedKernels packed_kernels_##name;
+MAXVA_FOR_EACH_ISA(MAXVA_DECLARE)  // cpu_packed_kernels.cpp
+#undef MAXVA_DECLARE
 
 }  // namespace maxva

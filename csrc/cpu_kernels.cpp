@@ -45,7 +45,7 @@ MAXVA_INLINE void whole_block(const T* __restrict g, T* __restrict theta, T* __r
   for (int64_t i = 0; i < n; ++i) {
     T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
     track_maximum<kAmsgrad>(v[i], w[i], maximum);
-    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
+    const Normalizer<Ops, T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
     accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
     const T step = direction<kAlgorithm, Ops>(g[i], mi, normalize, s);
     theta[i] = moved_parameter<Ops>(theta[i], step, s);
@@ -64,7 +64,7 @@ MAXVA_INLINE void states_block(const T* __restrict g, const T* __restrict theta,
   for (int64_t i = 0; i < n; ++i) {
     T mi = m[i], maximum = kAmsgrad ? vmax[i] : T(0);
     track_maximum<kAmsgrad>(v[i], w[i], maximum);
-    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
+    const Normalizer<Ops, T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
     accumulate_momentum<kAlgorithm, Ops>(g[i], mi, normalize, s);
     update[i] = layer_update<Ops>(theta[i], direction<kAlgorithm, Ops>(g[i], mi, normalize, s), s);
     m[i] = mi;
@@ -80,7 +80,7 @@ MAXVA_INLINE void parameters_block(const T* __restrict g, T* __restrict theta,
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     const T maximum = kAmsgrad ? vmax[i] : T(0);
-    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
+    const Normalizer<Ops, T> normalize = normalizer<kAmsgrad, Ops>(v[i], w[i], maximum, s);
     const T step = direction<kAlgorithm, Ops>(g[i], m[i], normalize, s);
     theta[i] = moved_parameter<Ops>(theta[i], step, s);
     length[i] = step_length(step, s);
@@ -167,17 +167,8 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
     }
   }
   if (collect) {
-    double totals[kStatistics] = {};
-    statistics.total(totals);
-    if (!(totals[kGradientSquares] > 1e-30 && totals[kGradientSquares] < 1e30)) {
-      // some squares may be outside of float's range; kStates has not divided g in place
-      const double scale = chunk.grad_scale && phase == Phase::kStates ? *chunk.grad_scale : 1;
-      totals[kGradientSquares] =
-          Ops::sum_of_squares(chunk.g, chunk.g_dtype, chunk.n) / (scale * scale);
-    }
-    for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
-      chunk.statistics[k] = totals[k];
-    }
+    leave_statistics<Ops>(statistics, phase, chunk.g, chunk.g_dtype, chunk.n, chunk.grad_scale,
+                          chunk.statistics);
   }
   return sums;
 }
@@ -193,7 +184,8 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
        {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},   \
       {{update_##name<Algorithm::kMAdam, false>, update_##name<Algorithm::kMAdam, true>},        \
        {update_##name<Algorithm::kLaMAdam, false>, update_##name<Algorithm::kLaMAdam, true>}},   \
-      Ops_##name::sum_of_squares};
+      Ops_##name::sum_of_squares,                                                                \
+      &packed_kernels_##name};
 
 MAXVA_FOR_EACH_ISA(MAXVA_KERNELS)
 
