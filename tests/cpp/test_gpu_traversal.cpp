@@ -184,9 +184,9 @@ int64_t group_of(const Case& c, size_t i) {
 Rounding rounding_of(const Case& c, size_t i) {
   if (!c.stochastic || theta_dtype(c, i) != DType::kBFloat16) return {};
   const int64_t n = c.numels[i], index = static_cast<int64_t>(i);
-  if (i % 3 == 0) return {int64_t{1} << 40 | 5, index, 0, n, n};
-  if (i % 3 == 1) return {7, index, 3 + 4 * index + (int64_t{1} << 34), n, 10 * n};
-  return {7, index, 11, 5, 13};
+  if (i % 3 == 0) return {int64_t{1} << 40 | 5, index, 0, n, n, 1};
+  if (i % 3 == 1) return {7, index, 3 + 4 * index + (int64_t{1} << 34), n, 10 * n, 1};
+  return {7, index, 11, 5, 13, 1};
 }
 
 using TensorStatistics = std::array<double, kStatistics>;
