@@ -201,12 +201,12 @@ MAXVA_INLINE uint32_t encoded_weight(float w, uint32_t word, const CodeConstants
   return code > 0x01000000u ? code : 0x01000000u;
 }
 
-// x rounded to bfloat16 as slot kSlot of its element, in the upper half.
+// x rounded to bfloat16 as slot kSlot of its element, in the upper half: from_compute, without a
+// detour over 16 bits.
 template <int kSlot>
 MAXVA_INLINE uint32_t bfloat16_bits(float x, uint32_t word) {
-  BFloat16 rounded;
-  from_compute(x, window<kSlot>(word), rounded);
-  return uint32_t{rounded.bits} << 16;
+  const uint32_t rounded = bits_of(x) + (window<kSlot>(word) & 0xFFFFu);
+  return (x == x ? rounded : 0x7FC00000u) & 0xFFFF0000u;
 }
 
 // Four codes, each in a highest byte, in one word.

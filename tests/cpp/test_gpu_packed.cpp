@@ -173,15 +173,19 @@ struct Run {
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,
           bool kFast>
 void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
-              gpu::ThreadStatistics<float>& own) {
+              TensorStatistics& statistics) {
   std::array<gpu::LaneMoments, gpu::kLanes> lanes;
   std::array<gpu::Lane, gpu::kLanes> at;
   std::array<uint32_t, gpu::kLanes> nan;
   gpu::Largest largest;
   for (int k = 0; k < gpu::kLanes; ++k) {
     at[k] = gpu::find_lane(state, index, k);
+    gpu::ThreadStatistics<float> own;
     gpu::move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(state, index, at[k],
                                                                              lanes[k], sums, own);
+    const double values[] = {own.gradient_squares, own.one_minus_beta, own.at_beta_min,
+                             own.at_beta_max, own.step_size};
+    for (int field = 0; field < kStatistics; ++field) statistics[field] += values[field];
     if constexpr (!kStates) {
       const int n = kFast ? gpu::kVector : at[k].n;
       const auto of_lane = gpu::finish_lane<kPacking, kAlgorithm, kAmsgrad>(n, lanes[k], nan[k]);
@@ -203,7 +207,7 @@ void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, P
                SumsOfSquares& sums, TensorStatistics& statistics) {
   gpu::PackedState state;
   gpu::prepare_packed_block(launch, block, phase, state);
-  gpu::ThreadStatistics<float> own;
+  TensorStatistics own{};
   const auto with_collect =
       [&]<Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect>() {
         for (int index = 0; index < state.num_blocks; ++index) {
@@ -235,10 +239,8 @@ void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, P
   };
   run.c.packing == Packing::kInt8 ? with_packing.template operator()<Packing::kInt8>()
                                   : with_packing.template operator()<Packing::kBFloat16>();
-  const double values[] = {own.gradient_squares, own.one_minus_beta, own.at_beta_min,
-                           own.at_beta_max, own.step_size};
   for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
-    statistics[k] += values[k];
+    statistics[k] += own[k];
   }
 }
 
