@@ -111,7 +111,7 @@ def test_float_kernels_fit_three_blocks(compiled: dict[str, tuple[Path, str]]) -
         found = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
         registers.update({name: int(count) for name, count in found})
     main = [count for name, count in registers.items() if MAIN_KERNEL in name]
-    packed = [count for name, count in registers.items() if re.search("packed.*ELb0ELb0E", name)]
+    packed = [count for name, count in registers.items() if re.search("packed.*ELb0ELb0EEEv", name)]
     floats = [count for name, count in registers.items() if re.search(r"PhaseE\dELb\dEfE", name)]
     assert len(main) == 1
     assert len(floats) == 24
