@@ -50,7 +50,11 @@ MAXVA_INLINE uint32_t rounding_bits(uint32_t word, uint32_t around) {
   constexpr uint32_t first = kSlot, second = (kSlot + 1) % 4;
   return __byte_perm(word, around, 0x7004u | second << 8 | first << 4);
 #else
-  return (window<kSlot>(word) << 8 & 0x00FFFF00u) | around;
+  const uint32_t shifted = kSlot == 0   ? word << 8
+                           : kSlot == 1 ? word
+                           : kSlot == 2 ? word >> 8
+                                        : word >> 16 | word << 16;
+  return (shifted & 0x00FFFF00u) | around;
 #endif
 }
 
@@ -201,12 +205,17 @@ MAXVA_INLINE uint32_t encoded_weight(float w, uint32_t word, const CodeConstants
   return code > 0x01000000u ? code : 0x01000000u;
 }
 
-// x rounded to bfloat16 as slot kSlot of its element, in the upper half: from_compute, without a
-// detour over 16 bits.
+// x, which is not NaN, rounded to bfloat16 as slot kSlot of its element; in the upper half, with
+// anything below.
+template <int kSlot>
+MAXVA_INLINE uint32_t rounded_to_bfloat16(float x, uint32_t word) {
+  return bits_of(x) + (window<kSlot>(word) & 0xFFFFu);
+}
+
+// As above, for every x and with zeros below: from_compute, without a detour over 16 bits.
 template <int kSlot>
 MAXVA_INLINE uint32_t bfloat16_bits(float x, uint32_t word) {
-  const uint32_t rounded = bits_of(x) + (window<kSlot>(word) & 0xFFFFu);
-  return (x == x ? rounded : 0x7FC00000u) & 0xFFFF0000u;
+  return (x == x ? rounded_to_bfloat16<kSlot>(x, word) : 0x7FC00000u) & 0xFFFF0000u;
 }
 
 // Four codes, each in a highest byte, in one word.

@@ -1,6 +1,8 @@
 // The CPU kernels of compact states: a block is decoded into buffers, moved by the loops of
 // maxva_math.h, and encoded with the scales found on the way.
 #include <algorithm>
+#include <iterator>
+#include <type_traits>
 
 #include "compact.h"
 #include "cpu_blocks.h"
@@ -10,15 +12,23 @@ namespace {
 
 static_assert(kBlock == kStateBlock);
 
-// What a block's states are in between; sd is the variance until the block is encoded.
+// Note [Whole blocks]
+// All loops run over a whole block, so that their length is known; the shorter end of a row is
+// copied into buffers with zeros behind it. Those change no maximum of the block: a state and a
+// gradient of 0 stay 0.
+
+// What a block's states are in between.
 struct Moments {
-  alignas(64) float m[kBlock], mean[kBlock], sd[kBlock], w[kBlock];
-  alignas(64) float root[kBlock];  // amsgrad: of vmax, which it is until the block is encoded
+  alignas(64) float m[kBlock];  // then r
+  alignas(64) float mean[kBlock];
+  alignas(64) float sd[kBlock];  // the variance before finish_block
+  alignas(64) float w[kBlock];
+  alignas(64) float root[kBlock];  // amsgrad: of vmax, which it is before encode_maximum
 };
 
 template <Algorithm kAlgorithm>
 MAXVA_INLINE void decode_int8(const uint32_t* __restrict packed, uint32_t exponents,
-                              Moments& moments, int64_t n) {
+                              Moments& moments) {
   const DecodingScale of_r = decoding_scale(exponents & 0xFFu);
   const DecodingScale of_mean = decoding_scale(exponents >> 8 & 0xFFu);
   const DecodingScale of_sd = decoding_scale(exponents >> 16 & 0xFFu);
@@ -28,7 +38,7 @@ MAXVA_INLINE void decode_int8(const uint32_t* __restrict packed, uint32_t expone
   float* __restrict var = moments.sd;
   float* __restrict w = moments.w;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
     const uint32_t word = packed[i];
     const float mean_i = decoded_signed<1>(word, of_mean);
     const float sd = decoded_unsigned(word, of_sd);
@@ -41,13 +51,13 @@ MAXVA_INLINE void decode_int8(const uint32_t* __restrict packed, uint32_t expone
 
 // The word's halves are worked with as they are: the lower one is first in memory.
 template <Algorithm kAlgorithm>
-MAXVA_INLINE void decode_bfloat16(const uint32_t* __restrict packed, Moments& moments, int64_t n) {
+MAXVA_INLINE void decode_bfloat16(const uint32_t* __restrict packed, Moments& moments) {
   float* __restrict m = moments.m;
   float* __restrict mean = moments.mean;
   float* __restrict var = moments.sd;
   float* __restrict w = moments.w;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
     const uint32_t low = packed[2 * i], high = packed[2 * i + 1];
     const float mean_i = float_from_bits(low & 0xFFFF0000u), sd = float_from_bits(high << 16);
     m[i] = momentum<kAlgorithm>(float_from_bits(low << 16), mean_i, sd);
@@ -58,61 +68,71 @@ MAXVA_INLINE void decode_bfloat16(const uint32_t* __restrict packed, Moments& mo
 }
 
 template <Packing kPacking>
-MAXVA_INLINE void decode_maximum(const void* maximum, int64_t first, uint32_t exponent,
-                                 float* __restrict vmax, int64_t n) {
-  if constexpr (kPacking == Packing::kInt8) {
-    const DecodingScale scale = decoding_scale(exponent);
-    const uint8_t* __restrict from = static_cast<const uint8_t*>(maximum) + first;
-    MAXVA_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) {
-      const float root = decoded_unsigned(uint32_t{from[i]} << 16, scale);
-      vmax[i] = root * root;
-    }
-  } else {
-    const BFloat16* __restrict from = static_cast<const BFloat16*>(maximum) + first;
-    MAXVA_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) {
-      const float root = to_compute(from[i]);
-      vmax[i] = root * root;
-    }
-  }
-}
+using StoredMaximum = std::conditional_t<kPacking == Packing::kInt8, uint8_t, BFloat16>;
 
-// The exponent of the scale of numbers that are finite or NaN. (In a loop of its own: GCC does not
-// vectorise one that chooses, too.)
-MAXVA_INLINE uint32_t exponent_of(const float* __restrict x, int64_t n) {
-  int32_t largest = 0;
+template <Packing kPacking>
+MAXVA_INLINE void decode_maximum(const StoredMaximum<kPacking>* __restrict maximum,
+                                 uint32_t exponent, float* __restrict vmax) {
+  const DecodingScale scale = decoding_scale(exponent);
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t bits = magnitude_bits(x[i]);
-    largest = std::max(largest, bits < 0x7F800000 ? bits : 0);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    float root;
+    if constexpr (kPacking == Packing::kInt8) {
+      root = decoded_unsigned(uint32_t{maximum[i]} << 16, scale);
+    } else {
+      root = to_compute(maximum[i]);
+    }
+    vmax[i] = root * root;
   }
-  return scale_exponent(static_cast<uint32_t>(largest));
 }
 
-// Leaves in the buffers what is encoded, returns the exponents of its scales.
+// The bits of the largest magnitudes of r, mean and sd: above kLargestFinite where one is not.
+struct Largest {
+  int32_t r = 0, mean = 0, sd = 0;
+
+  MAXVA_INLINE bool finite() const { return std::max({r, mean, sd}) < 0x7F800000; }
+};
+
+// Leaves in the buffers what is encoded: r, mean, sd.
 template <Algorithm kAlgorithm, typename Ops>
-MAXVA_INLINE uint32_t scale_block(Moments& moments, int64_t n) {
+MAXVA_INLINE Largest finish_block(Moments& moments) {
   float* __restrict m = moments.m;
-  float* __restrict mean = moments.mean;
+  const float* __restrict mean = moments.mean;
   float* __restrict sd = moments.sd;
+  int32_t of_r = 0, of_mean = 0, of_sd = 0;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
     const float sd_i = std::sqrt(sd[i]);
     const float r = in_units<kAlgorithm, Ops>(m[i], mean[i], sd_i);
-    // 0 times what is not finite is NaN
-    const bool finite = sd_i + (0.0f * r + 0.0f * mean[i]) < INFINITY;
-    m[i] = finite ? r : 0.0f;
-    mean[i] = finite ? mean[i] : 0.0f;
-    sd[i] = finite ? sd_i : NAN;
+    m[i] = r;
+    sd[i] = sd_i;
+    of_r = std::max(of_r, magnitude_bits(r));
+    of_mean = std::max(of_mean, magnitude_bits(mean[i]));
+    of_sd = std::max(of_sd, magnitude_bits(sd_i));
   }
-  return exponent_of(m, n) | exponent_of(mean, n) << 8 | exponent_of(sd, n) << 16;
+  return {of_r, of_mean, of_sd};
 }
 
-template <typename Ops>
+// Where an element has no code: r = mean = 0 and sd NaN. Returns the maxima of the others.
+inline Largest without_nonfinite(Moments& moments) {
+  Largest largest;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    if (!is_finite(moments.m[i]) || !is_finite(moments.mean[i]) || !is_finite(moments.sd[i])) {
+      moments.m[i] = moments.mean[i] = 0.0f;
+      moments.sd[i] = NAN;
+      continue;
+    }
+    largest.r = std::max(largest.r, magnitude_bits(moments.m[i]));
+    largest.mean = std::max(largest.mean, magnitude_bits(moments.mean[i]));
+    largest.sd = std::max(largest.sd, magnitude_bits(moments.sd[i]));
+  }
+  return largest;
+}
+
+// kFinite: so are r, mean and sd of all elements.
+template <bool kFinite, typename Ops>
 MAXVA_INLINE void encode_int8(const Moments& moments, uint32_t exponents,
-                              const uint32_t* __restrict words, uint32_t* __restrict packed,
-                              int64_t n) {
+                              const uint32_t* __restrict words, uint32_t* __restrict packed) {
   const float for_r = inverse_scale(exponents & 0xFFu);
   const float for_mean = inverse_scale(exponents >> 8 & 0xFFu);
   const float for_sd = inverse_scale(exponents >> 16 & 0xFFu);
@@ -121,53 +141,67 @@ MAXVA_INLINE void encode_int8(const Moments& moments, uint32_t exponents,
   const float* __restrict sd = moments.sd;
   const float* __restrict w = moments.w;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const uint32_t sd_code = kFinite ? encoded_unsigned<Ops>(sd[i], for_sd, words[i])
+                                     : encoded_unsigned_or_nan<Ops>(sd[i], for_sd, words[i]);
     packed[i] = packed_bytes(encoded_signed<1, Ops>(r[i], for_r, words[i]),
-                             encoded_signed<2, Ops>(mean[i], for_mean, words[i]),
-                             encoded_unsigned_or_nan<Ops>(sd[i], for_sd, words[i]),
+                             encoded_signed<2, Ops>(mean[i], for_mean, words[i]), sd_code,
                              encoded_weight(w[i], words[i]));
   }
 }
 
-template <Algorithm kAlgorithm, typename Ops>
+// kFinite: as above.
+template <bool kFinite>
 MAXVA_INLINE void encode_bfloat16(const Moments& moments, const uint32_t* __restrict words,
-                                  uint32_t* __restrict packed, int64_t n) {
-  const float* __restrict m = moments.m;
+                                  uint32_t* __restrict packed) {
+  const float* __restrict r = moments.m;
   const float* __restrict mean = moments.mean;
-  const float* __restrict var = moments.sd;
+  const float* __restrict sd = moments.sd;
   const float* __restrict w = moments.w;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const float sd = std::sqrt(var[i]), r = in_units<kAlgorithm, Ops>(m[i], mean[i], sd);
-    packed[2 * i] = bfloat16_bits<1>(r, words[i]) >> 16 | bfloat16_bits<2>(mean[i], words[i]);
-    packed[2 * i + 1] =
-        bfloat16_bits<3>(sd, words[i]) >> 16 | bfloat16_bits<0>(folded_weight(w[i]), words[i]);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const float x = folded_weight(w[i]);
+    if constexpr (kFinite) {
+      packed[2 * i] = rounded_to_bfloat16<1>(r[i], words[i]) >> 16 |
+                      (rounded_to_bfloat16<2>(mean[i], words[i]) & 0xFFFF0000u);
+      packed[2 * i + 1] = rounded_to_bfloat16<3>(sd[i], words[i]) >> 16 |
+                          (rounded_to_bfloat16<0>(x, words[i]) & 0xFFFF0000u);
+    } else {
+      packed[2 * i] = bfloat16_bits<1>(r[i], words[i]) >> 16 | bfloat16_bits<2>(mean[i], words[i]);
+      packed[2 * i + 1] = bfloat16_bits<3>(sd[i], words[i]) >> 16 | bfloat16_bits<0>(x, words[i]);
+    }
   }
 }
 
 // Returns the exponent of the scale.
 template <Packing kPacking, typename Ops>
 MAXVA_INLINE uint32_t encode_maximum(float* __restrict root, const uint32_t* __restrict words,
-                                     void* maximum, int64_t first, int64_t n) {
+                                     StoredMaximum<kPacking>* __restrict maximum) {
   if constexpr (kPacking == Packing::kInt8) {
     MAXVA_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < kBlock; ++i) {
       const float x = std::sqrt(root[i]);
       root[i] = x < INFINITY ? x : NAN;
     }
-    const uint32_t exponent = exponent_of(root, n);
-    const float inverse = inverse_scale(exponent);
-    uint8_t* __restrict to = static_cast<uint8_t*>(maximum) + first;
+    // in a loop of its own: GCC does not vectorise one that chooses, too
+    int32_t largest = 0;
     MAXVA_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] = static_cast<uint8_t>(encoded_unsigned_or_nan<Ops>(root[i], inverse, words[i]) >> 24);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const int32_t bits = magnitude_bits(root[i]);
+      largest = std::max(largest, bits < 0x7F800000 ? bits : 0);
+    }
+    const uint32_t exponent = scale_exponent(static_cast<uint32_t>(largest));
+    const float inverse = inverse_scale(exponent);
+    MAXVA_VECTORIZE
+    for (int64_t i = 0; i < kBlock; ++i) {
+      maximum[i] =
+          static_cast<uint8_t>(encoded_unsigned_or_nan<Ops>(root[i], inverse, words[i]) >> 24);
     }
     return exponent;
   } else {
-    uint16_t* __restrict to = static_cast<uint16_t*>(maximum) + first;
     MAXVA_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] = static_cast<uint16_t>(bfloat16_bits<3>(std::sqrt(root[i]), words[i]) >> 16);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      maximum[i].bits = static_cast<uint16_t>(bfloat16_bits<3>(std::sqrt(root[i]), words[i]) >> 16);
     }
     return 0;
   }
@@ -181,21 +215,21 @@ MAXVA_INLINE Scalars<float> scalars_of(const Scalars<float>& scalars) {
   return s;
 }
 
-// Leaves the observed gradient in g and 1 - beta_t in c.
+// Leaves, unless kPlain, the observed gradient in g and 1 - beta_t in c.
 template <bool kPlain, typename Ops>
 MAXVA_INLINE void observe_block(const float* __restrict g_raw, const float* __restrict theta,
                                 float* __restrict g, Moments& moments, float* __restrict c,
-                                int64_t n, const Scalars<float>& scalars) {
+                                const Scalars<float>& scalars) {
   const Scalars<float> s = scalars_of<kPlain>(scalars);
   float* __restrict mean = moments.mean;
   float* __restrict var = moments.sd;
   float* __restrict w = moments.w;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
     const float gi = observed_gradient<Ops>(g_raw[i], kPlain ? 0.0f : theta[i], s);
     float mean_i = mean[i], var_i = var[i], wi = w[i];
-    c[i] = observe_centered<Ops>(gi, mean_i, var_i, wi, s);
-    g[i] = gi;
+    const float ci = observe_centered<Ops>(gi, mean_i, var_i, wi, s);
+    if constexpr (!kPlain) c[i] = ci, g[i] = gi;
     mean[i] = mean_i, var[i] = var_i, w[i] = wi;
   }
 }
@@ -204,14 +238,14 @@ MAXVA_INLINE void observe_block(const float* __restrict g_raw, const float* __re
 // wanted in kStates, else (but not with kPlain) the lengths of the steps.
 template <bool kPlain, Phase kPhase, Algorithm kAlgorithm, bool kAmsgrad, typename Ops>
 MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta, Moments& moments,
-                             float* __restrict update, int64_t n, const Scalars<float>& scalars) {
+                             float* __restrict update, const Scalars<float>& scalars) {
   const Scalars<float> s = scalars_of<kPlain>(scalars);
   float* __restrict m = moments.m;
   float* __restrict vmax = moments.root;
   const float* __restrict mean = moments.mean;
   const float* __restrict var = moments.sd;
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
     const float vhat = Ops::fma(mean[i], mean[i], var[i]);
     float mi = m[i], maximum = kAmsgrad ? vmax[i] : 0.0f;
     track_maximum<kAmsgrad>(vhat, 1.0f, maximum);
@@ -229,6 +263,23 @@ MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta,
   }
 }
 
+// A block of a list that is worked on in place, or, where it is shorter, in a buffer.
+template <typename S, int64_t kPerElement = 1>
+struct WholeBlock {
+  alignas(64) S buffer[kBlock * kPerElement];
+
+  MAXVA_INLINE S* load(void* list, int64_t first, int64_t n) {
+    S* const data = static_cast<S*>(list) + first * kPerElement;
+    if (n == kBlock) return data;
+    std::fill(std::copy_n(data, n * kPerElement, buffer), std::end(buffer), S{});
+    return buffer;
+  }
+  MAXVA_INLINE void store(void* list, int64_t first, int64_t n) const {
+    if (n == kBlock) return;
+    std::copy_n(buffer, n * kPerElement, static_cast<S*>(list) + first * kPerElement);
+  }
+};
+
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, typename Ops>
 MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<float>& scalars,
                                          Phase phase) {
@@ -237,6 +288,8 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
   SumsOfSquares sums{0, 0};
   ChunkStatistics<float> statistics;
   BlockBuffer<float> theta_buffer, g_buffer, observed, update_buffer;
+  WholeBlock<uint32_t, kInt8 ? 1 : 2> packed_block_of;
+  WholeBlock<StoredMaximum<kPacking>> maximum_block_of;
   Moments moments;
   alignas(64) float c[kBlock];
   alignas(64) uint32_t words_buffer[kBlockWords];
@@ -250,63 +303,86 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
   const int64_t of_row = blocks_of_row(view.row);
   for (int64_t block = view.first_block; block < view.end_block; ++block) {
     const auto [first, n] = packed_block(block, view.row, of_row);
-    float* const theta = theta_buffer.load(moved_dtype, moved, first, n, frozen);
-    const float* g_raw = g_buffer.load(view.g_dtype, view.g, first, n);
+    const bool copy = n < kBlock;
+    float* const theta = theta_buffer.load(moved_dtype, moved, first, n, frozen || copy);
+    const float* g_raw = g_buffer.load(view.g_dtype, view.g, first, n, copy);
+    if (copy) {
+      std::fill(theta_buffer.values + n, std::end(theta_buffer.values), 0.0f);
+      std::fill(g_buffer.values + n, std::end(g_buffer.values), 0.0f);
+    }
     if (view.grad_scale) {
-      divide_block(g_raw, static_cast<float>(*view.grad_scale), observed.values, n);
+      divide_block(g_raw, static_cast<float>(*view.grad_scale), observed.values, kBlock);
       // kStates leaves the scaled gradient for kParameters, which writes it back
       if (!states) BlockBuffer<float>::store(observed.values, view.g_dtype, view.g, first, n);
-      load_block(observed.values, g_buffer.values, n);
+      load_block(observed.values, g_buffer.values, kBlock);
       g_raw = g_buffer.values;
     }
-    auto* const packed = static_cast<uint32_t*>(view.packed) + (kInt8 ? first : 2 * first);
+    uint32_t* const packed = packed_block_of.load(view.packed, first, n);
     const uint32_t exponents = kInt8 ? view.scale[block] : 0;
     if constexpr (kInt8) {
-      decode_int8<kAlgorithm>(packed, exponents, moments, n);
+      decode_int8<kAlgorithm>(packed, exponents, moments);
     } else {
-      decode_bfloat16<kAlgorithm>(packed, moments, n);
+      decode_bfloat16<kAlgorithm>(packed, moments);
     }
+    StoredMaximum<kPacking>* maximum = nullptr;
     if constexpr (kAmsgrad) {
-      decode_maximum<kPacking>(view.maximum, first, exponents >> 24, moments.root, n);
+      maximum = maximum_block_of.load(view.maximum, first, n);
+      decode_maximum<kPacking>(maximum, exponents >> 24, moments.root);
     }
     if (plain) {
-      observe_block<true, Ops>(g_raw, theta, observed.values, moments, c, n, s);
-      move_block<true, Phase::kWhole, kAlgorithm, kAmsgrad, Ops>(observed.values, theta, moments,
-                                                                 update, n, s);
+      observe_block<true, Ops>(g_raw, theta, observed.values, moments, c, s);
+      move_block<true, Phase::kWhole, kAlgorithm, kAmsgrad, Ops>(g_raw, theta, moments, update, s);
     } else {
-      observe_block<false, Ops>(g_raw, theta, observed.values, moments, c, n, s);
+      observe_block<false, Ops>(g_raw, theta, observed.values, moments, c, s);
       if (states) {
         move_block<false, Phase::kStates, kAlgorithm, kAmsgrad, Ops>(observed.values, theta,
-                                                                     moments, update, n, s);
+                                                                     moments, update, s);
         sums.theta += sum_of_squares_of(theta, n);
         sums.update += sum_of_squares_of(update, n);
       } else {
         move_block<false, Phase::kWhole, kAlgorithm, kAmsgrad, Ops>(observed.values, theta, moments,
-                                                                    update, n, s);
+                                                                    update, s);
       }
     }
     if (collect) Ops::add_statistics(c, update, g_raw, n, s, statistics);
     if (states) continue;
     const uint32_t* const words = random_block<Ops>(*view.random, first, n, words_buffer);
+    Largest largest = finish_block<kAlgorithm, Ops>(moments);
+    const bool finite = largest.finite();
     if constexpr (kInt8) {
-      uint32_t encoded = scale_block<kAlgorithm, Ops>(moments, n);
-      encode_int8<Ops>(moments, encoded, words, packed, n);
+      if (!finite) largest = without_nonfinite(moments);
+      uint32_t encoded = scale_exponent(largest.r) | scale_exponent(largest.mean) << 8 |
+                         scale_exponent(largest.sd) << 16;
+      if (finite) {
+        encode_int8<true, Ops>(moments, encoded, words, packed);
+      } else {
+        encode_int8<false, Ops>(moments, encoded, words, packed);
+      }
       if constexpr (kAmsgrad) {
-        encoded |= encode_maximum<kPacking, Ops>(moments.root, words, view.maximum, first, n) << 24;
+        encoded |= encode_maximum<kPacking, Ops>(moments.root, words, maximum) << 24;
       }
       view.scale[block] = encoded;
     } else {
-      encode_bfloat16<kAlgorithm, Ops>(moments, words, packed, n);
-      if constexpr (kAmsgrad) {
-        encode_maximum<kPacking, Ops>(moments.root, words, view.maximum, first, n);
+      if (finite) {
+        encode_bfloat16<true>(moments, words, packed);
+      } else {
+        encode_bfloat16<false>(moments, words, packed);
       }
+      if constexpr (kAmsgrad) encode_maximum<kPacking, Ops>(moments.root, words, maximum);
     }
+    packed_block_of.store(view.packed, first, n);
+    if constexpr (kAmsgrad) maximum_block_of.store(view.maximum, first, n);
     if (frozen) continue;
     if (view.random->on) {
       auto* __restrict to = static_cast<BFloat16*>(view.theta) + first;
       MAXVA_VECTORIZE
       for (int64_t i = 0; i < n; ++i) from_compute(theta[i], words[i], to[i]);
-    } else if (view.master || theta == theta_buffer.values) {
+      continue;
+    }
+    if (copy && moved != view.theta) {
+      BlockBuffer<float>::store(theta, DType::kFloat32, view.master, first, n);
+    }
+    if (view.master || theta == theta_buffer.values) {
       BlockBuffer<float>::store(theta, view.theta_dtype, view.theta, first, n);
     }
   }
