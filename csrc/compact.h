@@ -30,6 +30,13 @@ inline constexpr float kCodeBias = 0x1p-16f;
 inline constexpr uint32_t kCodeBiasBits = 0x37800000u;
 inline constexpr uint32_t kNotANumberCode = 0xFF000000u;  // of sd and the root, in the highest byte
 
+// Constants that a GPU thread takes from memory: an instruction has room for one immediate, and the
+// compiler would load the other each time.
+struct CodeConstants {
+  uint32_t twice_bias = 0x38000000u;  // 2^-15's bits, which have none of a code's
+  uint32_t around_signed = 0x88000080u, around_unsigned = 0x10000080u;  // see Note [Codes]
+};
+
 // The random bits of slot k: its 16-bit window of the element's word.
 template <int kSlot>
 MAXVA_INLINE uint32_t window(uint32_t word) {
@@ -37,13 +44,13 @@ MAXVA_INLINE uint32_t window(uint32_t word) {
 }
 
 // The window in bits 8 to 23, between bytes of `around`.
-template <int kSlot, uint32_t kAround>
-MAXVA_INLINE uint32_t rounding_bits(uint32_t word) {
+template <int kSlot>
+MAXVA_INLINE uint32_t rounding_bits(uint32_t word, uint32_t around) {
 #if defined(__CUDA_ARCH__)
   constexpr uint32_t first = kSlot, second = (kSlot + 1) % 4;
-  return __byte_perm(word, kAround, 0x7004u | second << 8 | first << 4);
+  return __byte_perm(word, around, 0x7004u | second << 8 | first << 4);
 #else
-  return (window<kSlot>(word) << 8 & 0x00FFFF00u) | kAround;
+  return (window<kSlot>(word) << 8 & 0x00FFFF00u) | around;
 #endif
 }
 
@@ -66,11 +73,12 @@ MAXVA_INLINE DecodingScale decoding_scale(uint32_t exponent) {
   return result;
 }
 
-// Of a magnitude whose code stands `kShift` bits above its float's last bits. Both forms are exact.
-MAXVA_INLINE float decoded_magnitude(uint32_t shifted_code, const DecodingScale& scale) {
+// `shifted_code`: a code where its bits are in a float. Both forms are exact.
+MAXVA_INLINE float decoded_magnitude(uint32_t shifted_code, const DecodingScale& scale,
+                                     const CodeConstants& constants) {
 #if defined(__CUDA_ARCH__)
-  // 2^-15's bits have none of the code's: an or, for twice the value
-  return ::fma(float_from_bits(shifted_code | 0x38000000u), scale.half, scale.offset);
+  // an or, for twice the value
+  return ::fma(float_from_bits(shifted_code | constants.twice_bias), scale.half, scale.offset);
 #else
   return (float_from_bits(shifted_code + kCodeBiasBits) - kCodeBias) * scale.scale;
 #endif
@@ -80,14 +88,33 @@ MAXVA_INLINE float with_sign_of(float magnitude, uint32_t sign) {
   return float_from_bits(bits_of(magnitude) | (sign & 0x80000000u));
 }
 
-// `top`: has the code in its highest byte, and anything below.
-MAXVA_INLINE float decoded_signed(uint32_t top, const DecodingScale& scale) {
-  return with_sign_of(decoded_magnitude(top >> 4 & 0x07F00000u, scale), top);
+// The magnitude in byte kSlot of a word.
+template <int kSlot>
+MAXVA_INLINE float decoded_magnitude_at(uint32_t word, const DecodingScale& scale,
+                                        const CodeConstants& constants) {
+  const uint32_t shifted = kSlot == 3 ? word >> 4 : word << (20 - 8 * kSlot % 24);
+  return decoded_magnitude(shifted & 0x07F00000u, scale, constants);
 }
 
-MAXVA_INLINE float decoded_unsigned(uint32_t top, const DecodingScale& scale) {
-  const float value = decoded_magnitude(top >> 5 & 0x07F80000u, scale);
-  return top >= kNotANumberCode ? float_from_bits(0x7FC00000u) : value;
+template <int kSlot>
+MAXVA_INLINE float decoded_signed(uint32_t word, const DecodingScale& scale,
+                                  const CodeConstants& constants = {}) {
+  const float magnitude = decoded_magnitude_at<kSlot>(word, scale, constants);
+  return with_sign_of(magnitude, word << (24 - 8 * kSlot));
+}
+
+// In byte 2.
+MAXVA_INLINE float decoded_unsigned(uint32_t word, const DecodingScale& scale,
+                                    const CodeConstants& constants = {}) {
+  const uint32_t shifted_code = word << 3 & 0x07F80000u;
+  const float value = decoded_magnitude(shifted_code, scale, constants);
+#if defined(__CUDA_ARCH__)
+  // what decoded_magnitude has made, too
+  const bool nan = (shifted_code | constants.twice_bias) >= (0x38000000u | 252u << 19);
+#else
+  const bool nan = shifted_code >= 252u << 19;
+#endif
+  return nan ? float_from_bits(0x7FC00000u) : value;
 }
 
 // w of the folded x: x's sign says which half.
@@ -96,7 +123,13 @@ MAXVA_INLINE float unfolded(float magnitude, uint32_t sign) {
 }
 
 // |x|, and what has x's sign.
-MAXVA_INLINE float folded(float w) { return w <= 0.5f ? w : 1.0f - w; }
+MAXVA_INLINE float folded(float w) {
+#if defined(__CUDA_ARCH__)
+  return ::fminf(w, 1.0f - w);
+#else
+  return w <= 0.5f ? w : 1.0f - w;
+#endif
+}
 MAXVA_INLINE uint32_t fold_sign(float w) { return bits_of(0.5f - w); }
 
 MAXVA_INLINE float folded_weight(float w) { return with_sign_of(folded(w), fold_sign(w)); }
@@ -113,7 +146,7 @@ MAXVA_INLINE float in_units(float m, float mean, float sd) {
   if (kAlgorithm == Algorithm::kLaMAdam) return m;
   const float unit = std::fabs(mean) + sd;
   const float ratio = Ops::divide(m, unit);
-  return unit == 0.0f ? 0.0f : ratio;
+  return Ops::divides(unit) ? ratio : 0.0f;
 }
 
 MAXVA_INLINE int32_t magnitude_bits(float x) {
@@ -135,28 +168,36 @@ MAXVA_INLINE float inverse_scale(uint32_t exponent) {
 
 // The code in the highest byte, anything below.
 template <int kSlot>
-MAXVA_INLINE uint32_t encoded_magnitude(float y, uint32_t word) {
-  return (bits_of(y) << 4) + rounding_bits<kSlot, 0x88000080u>(word);
+MAXVA_INLINE uint32_t encoded_magnitude(float y, uint32_t word, const CodeConstants& constants) {
+  return (bits_of(y) << 4) + rounding_bits<kSlot>(word, constants.around_signed);
 }
 
 template <int kSlot, typename Ops>
-MAXVA_INLINE uint32_t encoded_signed(float value, float inverse, uint32_t word) {
+MAXVA_INLINE uint32_t encoded_signed(float value, float inverse, uint32_t word,
+                                     const CodeConstants& constants = {}) {
   const float y = Ops::fma(std::fabs(value), inverse, kCodeBias);
-  return encoded_magnitude<kSlot>(y, word) | (bits_of(value) & 0x80000000u);
+  return encoded_magnitude<kSlot>(y, word, constants) | (bits_of(value) & 0x80000000u);
 }
 
-// value: NaN, or finite.
+// value: finite, >= 0.
 template <typename Ops>
-MAXVA_INLINE uint32_t encoded_unsigned(float value, float inverse, uint32_t word) {
+MAXVA_INLINE uint32_t encoded_unsigned(float value, float inverse, uint32_t word,
+                                       const CodeConstants& constants = {}) {
   const float y = Ops::fma(value, inverse, kCodeBias);
-  const uint32_t code = (bits_of(y) << 5) + rounding_bits<3, 0x10000080u>(word);
+  return (bits_of(y) << 5) + rounding_bits<3>(word, constants.around_unsigned);
+}
+
+// As above; NaN has its own code.
+template <typename Ops>
+MAXVA_INLINE uint32_t encoded_unsigned_or_nan(float value, float inverse, uint32_t word) {
+  const uint32_t code = encoded_unsigned<Ops>(value, inverse, word);
   return value == value ? code : kNotANumberCode;
 }
 
 // Never w = 0, so that a coordinate that has been observed does not take a first step again.
-MAXVA_INLINE uint32_t encoded_weight(float w, uint32_t word) {
-  const uint32_t code =
-      encoded_magnitude<0>(folded(w) + kCodeBias, word) | (fold_sign(w) & 0x80000000u);
+MAXVA_INLINE uint32_t encoded_weight(float w, uint32_t word, const CodeConstants& constants = {}) {
+  const uint32_t magnitude = encoded_magnitude<0>(folded(w) + kCodeBias, word, constants);
+  const uint32_t code = magnitude | (fold_sign(w) & 0x80000000u);
   return code > 0x01000000u ? code : 0x01000000u;
 }
 

@@ -45,7 +45,7 @@ struct PackedView {
   double* statistics = nullptr;  // as in ChunkView
 };
 
-inline int64_t blocks_of_row(int64_t row) { return (row + kStateBlock - 1) / kStateBlock; }
+MAXVA_INLINE int64_t blocks_of_row(int64_t row) { return (row + kStateBlock - 1) / kStateBlock; }
 
 // Where a block is.
 struct PackedBlock {

@@ -30,12 +30,12 @@ MAXVA_INLINE void decode_int8(const uint32_t* __restrict packed, uint32_t expone
   MAXVA_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t word = packed[i];
-    const float mean_i = decoded_signed(word << 16, of_mean);
-    const float sd = decoded_unsigned(word << 8, of_sd);
-    m[i] = momentum<kAlgorithm>(decoded_signed(word << 24, of_r), mean_i, sd);
+    const float mean_i = decoded_signed<1>(word, of_mean);
+    const float sd = decoded_unsigned(word, of_sd);
+    m[i] = momentum<kAlgorithm>(decoded_signed<0>(word, of_r), mean_i, sd);
     mean[i] = mean_i;
     var[i] = sd * sd;
-    w[i] = unfolded(std::fabs(decoded_signed(word, one)), word);
+    w[i] = unfolded(decoded_magnitude_at<3>(word, one, {}), word);
   }
 }
 
@@ -65,7 +65,7 @@ MAXVA_INLINE void decode_maximum(const void* maximum, int64_t first, uint32_t ex
     const uint8_t* __restrict from = static_cast<const uint8_t*>(maximum) + first;
     MAXVA_VECTORIZE
     for (int64_t i = 0; i < n; ++i) {
-      const float root = decoded_unsigned(uint32_t{from[i]} << 24, scale);
+      const float root = decoded_unsigned(uint32_t{from[i]} << 16, scale);
       vmax[i] = root * root;
     }
   } else {
@@ -115,7 +115,7 @@ MAXVA_INLINE void encode_int8(const Moments& moments, uint32_t exponents,
   for (int64_t i = 0; i < n; ++i) {
     packed[i] = packed_bytes(encoded_signed<1, Ops>(r[i], for_r, words[i]),
                              encoded_signed<2, Ops>(mean[i], for_mean, words[i]),
-                             encoded_unsigned<Ops>(sd[i], for_sd, words[i]),
+                             encoded_unsigned_or_nan<Ops>(sd[i], for_sd, words[i]),
                              encoded_weight(w[i], words[i]));
   }
 }
@@ -153,7 +153,7 @@ MAXVA_INLINE uint32_t encode_maximum(float* __restrict root, const uint32_t* __r
     uint8_t* __restrict to = static_cast<uint8_t*>(maximum) + first;
     MAXVA_VECTORIZE
     for (int64_t i = 0; i < n; ++i) {
-      to[i] = static_cast<uint8_t>(encoded_unsigned<Ops>(root[i], inverse, words[i]) >> 24);
+      to[i] = static_cast<uint8_t>(encoded_unsigned_or_nan<Ops>(root[i], inverse, words[i]) >> 24);
     }
     return exponent;
   } else {

@@ -1,7 +1,7 @@
 // The CUDA kernels other than the update itself, and the choice of the update's instantiation.
 #include "control.h"
 #include "cuda_kernels.h"
-#include "update_kernel.cuh"
+#include "packed_kernel.cuh"
 
 namespace maxva::gpu {
 
@@ -16,6 +16,10 @@ MAXVA_EXTERN(Algorithm::kLaMAdam, false, float)
 MAXVA_EXTERN(Algorithm::kLaMAdam, true, float)
 MAXVA_EXTERN(Algorithm::kLaMAdam, false, double)
 MAXVA_EXTERN(Algorithm::kLaMAdam, true, double)
+extern template void launch_packing<Packing::kInt8>(const UpdateLaunch&, UpdateKind, unsigned,
+                                                    cudaStream_t);
+extern template void launch_packing<Packing::kBFloat16>(const UpdateLaunch&, UpdateKind, unsigned,
+                                                        cudaStream_t);
 
 namespace {
 
@@ -35,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
                        const double* control, double* of_tensor) {
   if (skips(control)) return;
   const TensorEntry& tensor = tensors[blockIdx.x];
-  const int64_t num_blocks = (tensor.numel + kUpdateChunk - 1) / kUpdateChunk;
+  const int64_t num_blocks = (tensor.work() + kUpdateChunk - 1) / kUpdateChunk;
   for (int field = fields.first; field < fields.end; ++field) {
     double own = 0;
     for (int64_t k = threadIdx.x; k < num_blocks; k += kThreads) {
@@ -97,6 +101,13 @@ void launch_update(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
                                                : launch_kind<Algorithm::kLaMAdam, double>)
                                       : (madam ? launch_kind<Algorithm::kMAdam, float>
                                                : launch_kind<Algorithm::kLaMAdam, float>);
+  launch_it(launch, kind, blocks, stream);
+}
+
+void launch_packed(const UpdateLaunch& launch, Packing packing, UpdateKind kind, unsigned blocks,
+                   cudaStream_t stream) {
+  const auto launch_it = packing == Packing::kInt8 ? launch_packing<Packing::kInt8>
+                                                   : launch_packing<Packing::kBFloat16>;
   launch_it(launch, kind, blocks, stream);
 }
 

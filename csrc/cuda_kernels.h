@@ -16,6 +16,10 @@ struct UpdateKind {
 void launch_update(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
                    cudaStream_t stream);
 
+// Of compact states; never float64.
+void launch_packed(const UpdateLaunch& launch, Packing packing, UpdateKind kind, unsigned blocks,
+                   cudaStream_t stream);
+
 // Rows of `width` doubles, of which fields [first, end) count.
 struct SumFields {
   int width, first, end;

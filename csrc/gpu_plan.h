@@ -65,7 +65,7 @@ class UpdatePlan {
     int64_t block = 0;
     for (TensorEntry& tensor : tensors_) {
       tensor.first_block = block;
-      block += (tensor.numel + kUpdateChunk - 1) / kUpdateChunk;
+      block += (tensor.work() + kUpdateChunk - 1) / kUpdateChunk;
     }
     num_blocks_ = block;
     for (Hyper& row : hyper_) row.lr = 0;
@@ -85,7 +85,7 @@ class UpdatePlan {
 
   std::vector<BlockEntry> blocks() const {
     std::vector<int64_t> numels;
-    for (const TensorEntry& tensor : tensors_) numels.push_back(tensor.numel);
+    for (const TensorEntry& tensor : tensors_) numels.push_back(tensor.work());
     return block_map(ChunkPlan(numels, kUpdateChunk));
   }
 

@@ -54,6 +54,20 @@ struct TensorEntry {
   int64_t theta_dtype;         // DType
   int64_t group, index;        // index: position in the caller's lists
   Rounding rounding;
+  // Compact states instead of m to vmax, else null; scale and maximum may be null, too.
+  void* packed = nullptr;
+  uint32_t* scale = nullptr;
+  void* maximum = nullptr;
+  int64_t row = 0;  // elements of a row of dimension 0
+
+  MAXVA_THREAD_CODE int64_t num_state_blocks() const {
+    return row == 0 ? 0 : numel / row * blocks_of_row(row);
+  }
+
+  // What is cut into chunks: whole blocks of compact states.
+  MAXVA_THREAD_CODE int64_t work() const {
+    return packed ? num_state_blocks() * kStateBlock : numel;
+  }
 };
 
 struct BlockEntry {
@@ -210,9 +224,9 @@ MAXVA_THREAD_CODE double scalar_at(TypedAddress scalar) {
   }
 }
 
-// What the threads of one block share: the lists at the chunk's first element, and the scalars.
+// What the threads of one block share: the scalars, and the lists at the chunk's first element.
 template <typename T>
-struct BlockState {
+struct StepState {
   Scalars<T> scalars;
   T grad_scale;
   bool unscale, has_master;
@@ -220,11 +234,15 @@ struct BlockState {
   AnyList g;
   AnyList moved;  // what the update moves: the master weights, else theta itself
   AnyList theta;
+  RandomBits random;
+};
+
+template <typename T>
+struct BlockState : StepState<T> {
   T *m, *u, *v, *w, *vmax;
   bool m_vector, u_vector, v_vector, w_vector, vmax_vector;
   int n;          // elements; 0 where the step is skipped
   int64_t first;  // index of the first element in its tensor
-  RandomBits random;
 };
 
 // One thread's share of the sums of statistics.h; counts are exact in float.
@@ -236,6 +254,36 @@ struct ThreadStatistics {
 
 template <typename T>
 constexpr DType kComputeType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// What of a chunk's state does not depend on how states are kept.
+template <typename T>
+MAXVA_THREAD_CODE void prepare_step(const UpdateLaunch& launch, const BlockEntry& where,
+                                    int64_t first, Phase phase, StepState<T>& block) {
+  const TensorEntry& tensor = launch.tensors[where.tensor];
+  const Hyper& hyper = launch.hyper[tensor.group];
+  const LearningRate& lr = launch.lr[tensor.group - launch.first_group];
+  double trust = 1.0;
+  if (phase == Phase::kParameters) {
+    const double* norms = launch.norms + 2 * tensor.index;
+    trust = trust_ratio(hyper, norms[0], norms[1]);
+  }
+  const double t = *tensor.step + 1.0;
+  block.scalars = make_scalars<T>(hyper, lr.tensor ? scalar_at(lr.tensor) : lr.value, t,
+                                  launch.control ? launch.control[kClipFactor] : 1.0, trust,
+                                  tensor.packed != nullptr);
+  block.random = make_random_bits(tensor.rounding, tensor.numel, t);
+  block.unscale = static_cast<bool>(launch.grad_scale);
+  block.grad_scale = block.unscale ? static_cast<T>(scalar_at(launch.grad_scale)) : T(1);
+
+  const TypedAddress g = launch.g[where.tensor - launch.first_tensor];
+  block.g = any_list(g.data(), g.type(), first);
+  block.theta =
+      any_list(static_cast<char*>(tensor.theta), static_cast<DType>(tensor.theta_dtype), first);
+  block.has_master = tensor.master != nullptr;
+  block.moved = block.has_master
+                    ? any_list(static_cast<char*>(tensor.master), DType::kFloat32, first)
+                    : block.theta;
+}
 
 // Run by one thread of the block.
 template <typename T>
@@ -251,28 +299,7 @@ MAXVA_THREAD_CODE void prepare_block(const UpdateLaunch& launch, int64_t block_i
   block.n = static_cast<int>(rest < kUpdateChunk ? rest : kUpdateChunk);
   block.first = first;
 
-  const Hyper& hyper = launch.hyper[tensor.group];
-  const LearningRate& lr = launch.lr[tensor.group - launch.first_group];
-  double trust = 1.0;
-  if (phase == Phase::kParameters) {
-    const double* norms = launch.norms + 2 * tensor.index;
-    trust = trust_ratio(hyper, norms[0], norms[1]);
-  }
-  const double t = *tensor.step + 1.0;
-  block.scalars = make_scalars<T>(hyper, lr.tensor ? scalar_at(lr.tensor) : lr.value, t,
-                                  launch.control ? launch.control[kClipFactor] : 1.0, trust);
-  block.random = make_random_bits(tensor.rounding, tensor.numel, t);
-  block.unscale = static_cast<bool>(launch.grad_scale);
-  block.grad_scale = block.unscale ? static_cast<T>(scalar_at(launch.grad_scale)) : T(1);
-
-  const TypedAddress g = launch.g[where.tensor - launch.first_tensor];
-  block.g = any_list(g.data(), g.type(), first);
-  block.theta =
-      any_list(static_cast<char*>(tensor.theta), static_cast<DType>(tensor.theta_dtype), first);
-  block.has_master = tensor.master != nullptr;
-  block.moved = block.has_master
-                    ? any_list(static_cast<char*>(tensor.master), DType::kFloat32, first)
-                    : block.theta;
+  prepare_step(launch, where, first, phase, block);
   const auto state = [&](void* list, T*& data, bool& vector) {
     data = list ? static_cast<T*>(list) + first : nullptr;
     vector = allows_vector(data, kComputeType<T>);

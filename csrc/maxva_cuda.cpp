@@ -150,6 +150,10 @@ gpu::UpdatePlan make_plan(const UpdateArgs& args) {
         .group = args.group_of[i],
         .index = static_cast<int64_t>(i),
         .rounding = args.rounding_of(i),
+        .packed = data_of(lists.packed, i),
+        .scale = static_cast<uint32_t*>(data_of(lists.scale, i)),
+        .maximum = data_of(lists.maximum, i),
+        .row = args.is_packed() ? args.row_of(i) : 0,
     });
   }
   std::vector<int32_t*> group_steps;
@@ -202,9 +206,13 @@ void update_cuda(const UpdateArgs& args) {
         [&](int64_t k) {
           return gpu::LearningRate{args.hyper[k].lr, scalar_address(args.lr[k], kept)};
         });
-    gpu::launch_update(launch,
-                       {args.algorithm, !args.lists.vmax.empty(), range.float64, args.phase},
-                       static_cast<unsigned>(range.end_block - range.first_block), stream);
+    const gpu::UpdateKind kind{args.algorithm, args.amsgrad(), range.float64, args.phase};
+    const auto blocks = static_cast<unsigned>(range.end_block - range.first_block);
+    if (args.is_packed()) {
+      gpu::launch_packed(launch, args.packing(), kind, blocks, stream);
+    } else {
+      gpu::launch_update(launch, kind, blocks, stream);
+    }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 

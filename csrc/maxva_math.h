@@ -26,6 +26,16 @@ struct FusedMultiplyAdd {
   MAXVA_INLINE static T divide(T a, T b) {
     return a / b;
   }
+  // a <= b: never more than 1, and 1 where a == b.
+  template <typename T>
+  MAXVA_INLINE static T share(T a, T b) {
+    return a / b;
+  }
+  // Whether divide() by it means something.
+  template <typename T>
+  MAXVA_INLINE static bool divides(T x) {
+    return x != T(0);
+  }
   template <typename T>
   MAXVA_INLINE static T root(T x) {
 #if defined(__CUDA_ARCH__)
@@ -54,8 +64,12 @@ MAXVA_INLINE T observed_gradient(T g, T theta, const Scalars<T>& s) {
 // beta_t in its bounds, as c = 1 - beta_t.
 template <typename T>
 MAXVA_INLINE T clipped(T c, T w, const Scalars<T>& s) {
-  c = c < s.c_max ? c : s.c_max;    // 0/0 compares false and becomes beta_low
-  c = c > s.c_min ? c : s.c_min;    //
+#if defined(__CUDA_ARCH__)
+  c = ::fmax(::fmin(c, s.c_max), s.c_min);  // as below, NaN too
+#else
+  c = c < s.c_max ? c : s.c_max;  // 0/0 compares false and becomes beta_low
+  c = c > s.c_min ? c : s.c_min;
+#endif
   return w == T(0) ? s.c_init : c;  // the first observation of this coordinate, whatever the step
 }
 
@@ -95,7 +109,7 @@ MAXVA_INLINE T observe_centered(T g, T& mean, T& var, T& w, const Scalars<T>& s)
   const T numerator = Ops::fma(w, d - var, s.delta);
   const T c = clipped(Ops::divide(numerator, numerator + (d + var)), w, s);
   w = Ops::fma(c, T(1) - w, w);
-  const T lambda = Ops::divide(c, w);
+  const T lambda = Ops::share(c, w);
   mean = Ops::fma(lambda, deviation, mean);
   var = (T(1) - lambda) * Ops::fma(lambda, d, var);
   return c;
@@ -105,11 +119,17 @@ MAXVA_INLINE T observe_centered(T g, T& mean, T& var, T& w, const Scalars<T>& s)
 template <typename Ops, typename T>
 struct Normalizer {
   T numerator_scale, denominator;
+  bool may_be_zero = true;
+
+  // The caller knows that eps is not 0.
+  MAXVA_INLINE void never_by_zero() { may_be_zero = false; }
 
   MAXVA_INLINE T operator()(T x) const {
     // divided first, chosen after: a division under a condition would not vectorise
     const T ratio = Ops::divide(x * numerator_scale, denominator);
-    return denominator == T(0) ? T(0) : ratio;  // eps = 0: v is 0, so is x, and so is the update
+    return may_be_zero && denominator == T(0)
+               ? T(0)
+               : ratio;  // eps = 0: v is 0, so is x, and so is the update
   }
 };
 

@@ -49,6 +49,9 @@ struct RandomBits {
   MAXVA_INLINE PhiloxWords four_words(int64_t i) const {
     if (in_a_row && (i + offset) % 4 == 0) return words((i + offset) / 4);
     PhiloxWords result;
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
     for (int k = 0; k < 4; ++k) result.x[k] = word(i + k);
     return result;
   }

@@ -29,6 +29,26 @@ __device__ __forceinline__ double block_sums(const double (&x)[N]) {
 // The block's sum in thread 0.
 __device__ __forceinline__ double block_sum(double x) { return block_sums({x}); }
 
+// What the threads of a block have summed, where the launch wants it.
+template <bool kStates, bool kCollect, typename T>
+__device__ __forceinline__ void store_block_sums(const UpdateLaunch& launch,
+                                                 const SumsOfSquares& squares,
+                                                 const ThreadStatistics<T>& own) {
+  const int k = static_cast<int>(threadIdx.x);
+  if constexpr (kStates) {
+    const double sum = block_sums({squares.theta, squares.update});
+    if (k == 0) launch.block_sums[blockIdx.x].theta = sum;
+    if (k == 1) launch.block_sums[blockIdx.x].update = sum;
+  }
+  if constexpr (kCollect) {
+    if (!launch.block_statistics) return;
+    const double values[kStatistics] = {own.gradient_squares, own.one_minus_beta, own.at_beta_min,
+                                        own.at_beta_max, own.step_size};
+    const double sum = block_sums(values);
+    if (k < kStatistics) launch.block_statistics[int64_t{blockIdx.x} * kStatistics + k] = sum;
+  }
+}
+
 // Resident blocks per multiprocessor: what keeps enough loads in flight without spilling registers.
 template <bool kAmsgrad, Phase kPhase, bool kCollect, typename T>
 constexpr int kMinBlocks = sizeof(T) == 8                                     ? 2
@@ -44,18 +64,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<kAmsgrad, kPhase, kColle
   ThreadStatistics<T> own;
   const SumsOfSquares squares = update_thread<kAlgorithm, kAmsgrad, kPhase, kCollect>(
       block, static_cast<int>(threadIdx.x), own);
-  const int k = static_cast<int>(threadIdx.x);
-  if constexpr (kPhase == Phase::kStates) {
-    const double sum = block_sums({squares.theta, squares.update});
-    if (k == 0) launch.block_sums[blockIdx.x].theta = sum;
-    if (k == 1) launch.block_sums[blockIdx.x].update = sum;
-  }
-  if constexpr (kCollect) {
-    const double values[kStatistics] = {own.gradient_squares, own.one_minus_beta, own.at_beta_min,
-                                        own.at_beta_max, own.step_size};
-    const double sum = block_sums(values);
-    if (k < kStatistics) launch.block_statistics[int64_t{blockIdx.x} * kStatistics + k] = sum;
-  }
+  store_block_sums<kPhase == Phase::kStates, kCollect>(launch, squares, own);
 }
 
 template <Algorithm kAlgorithm, bool kAmsgrad, bool kCollect, typename T>

@@ -1,0 +1,363 @@
+// What one GPU thread does with compact states; like gpu_traversal.h it also compiles for the CPU.
+// A warp takes one block of kStateBlock elements at a time, each of its lanes kVector of them.
+#pragma once
+
+#include "compact.h"
+#include "gpu_traversal.h"
+
+namespace maxva::gpu {
+
+constexpr int kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kStateBlocks = kUpdateChunk / kStateBlock;  // of a chunk, at most
+static_assert(kLanes * kVector == kStateBlock && kTile == kWarps * kStateBlock);
+
+// The device's own reciprocal and root, which are a bit or two off: instructions are what the step
+// is bound by, and codes keep few digits. Divisors and squares below 2^-126 count as 0.
+struct DeviceArithmetic : FusedMultiplyAdd {
+#if defined(__CUDA_ARCH__)
+  __device__ __forceinline__ static float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+  }
+  __device__ __forceinline__ static float divide(float a, float b) { return a * reciprocal(b); }
+  __device__ __forceinline__ static float share(float a, float b) {
+    const float r = reciprocal(b), q = a * r;
+    return ::fma(::fma(-b, q, a), r, q);
+  }
+  __device__ __forceinline__ static bool divides(float x) { return !(x < 0x1p-126f); }
+  __device__ __forceinline__ static float root(float x) {
+    float result;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+  }
+#endif
+};
+
+template <Packing kPacking>
+using Word = std::conditional_t<kPacking == Packing::kInt8, uint32_t, uint64_t>;
+template <Packing kPacking>
+using Maximum = std::conditional_t<kPacking == Packing::kInt8, uint8_t, BFloat16>;
+
+// What the threads of one block share beside StepState.
+struct PackedState : StepState<float> {
+  void *packed, *maximum;
+  uint32_t* scale;  // of the chunk's first block
+  bool packed_vector, maximum_vector;
+  CodeConstants constants;
+  uint32_t round_keys[kPhiloxRounds][2];
+  int64_t first_call;       // of the chunk's first element
+  bool fast;                // see move_lane
+  bool whole_rows;          // all blocks are whole
+  int num_blocks;           // 0 where the step is skipped
+  int64_t first_block;      // of the tensor
+  int64_t first;            // index of the first element in its tensor
+  int64_t row, row_blocks;  // elements and blocks of a row
+};
+
+// Run by one thread of the block.
+MAXVA_THREAD_CODE void prepare_packed_block(const UpdateLaunch& launch, int64_t block_index,
+                                            Phase phase, PackedState& block) {
+  block.num_blocks = 0;
+  if (launch.control && launch.control[kSkip] != 0) return;
+  const BlockEntry where = launch.blocks[block_index];
+  const TensorEntry& tensor = launch.tensors[where.tensor];
+  block.row = tensor.row;
+  block.row_blocks = blocks_of_row(tensor.row);
+  block.whole_rows = tensor.row % kStateBlock == 0;
+  block.first_block = int64_t{where.chunk} * kStateBlocks;
+  const int64_t rest = tensor.num_state_blocks() - block.first_block;
+  block.num_blocks = static_cast<int>(rest < kStateBlocks ? rest : kStateBlocks);
+  block.first = packed_block(block.first_block, block.row, block.row_blocks).first;
+  prepare_step(launch, where, block.first, phase, block);
+  const int word = tensor.scale ? 4 : 8, maximum = tensor.scale ? 1 : 2;
+  const auto list = [&](void* data, int size, void*& at, bool& vector) {
+    at = data ? static_cast<char*>(data) + block.first * size : nullptr;
+    const int bytes = size * kVector < 16 ? size * kVector : 16;
+    vector = reinterpret_cast<uintptr_t>(at) % bytes == 0;
+  };
+  list(tensor.packed, word, block.packed, block.packed_vector);
+  list(tensor.maximum, maximum, block.maximum, block.maximum_vector);
+  block.scale = tensor.scale ? tensor.scale + block.first_block : nullptr;
+  block.constants = CodeConstants{};
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    block.round_keys[round][0] = block.random.key0 + static_cast<uint32_t>(round) * kPhiloxKeyStep0;
+    block.round_keys[round][1] = block.random.key1 + static_cast<uint32_t>(round) * kPhiloxKeyStep1;
+  }
+  const int64_t first = block.first + block.random.offset;
+  block.first_call = first / 4;
+  const Scalars<float>& s = block.scalars;
+  const bool plain = s.l2 == 0 && s.nesterov_x == 0 && s.eps_inside == 0 && s.eps >= 0x1p-100f &&
+                     !block.unscale && s.eta != 0;
+  const bool vectors = block.packed_vector && block.maximum_vector && block.moved.vector &&
+                       block.g.vector && block.random.in_a_row && first % 4 == 0;
+  block.fast = plain && vectors && !block.has_master && block.moved.dtype == DType::kFloat32 &&
+               block.g.dtype == DType::kFloat32;
+}
+
+// Where a lane's elements are in the chunk.
+struct Lane {
+  int offset;
+  int n;        // its elements, at most kVector
+  bool vector;  // a multiple of kVector from the chunk's first element
+  bool whole;   // vector, and the block of the states is whole
+};
+
+MAXVA_THREAD_CODE Lane find_lane(const PackedState& block, int index, int lane) {
+  if (block.whole_rows) {
+    return {index * kStateBlock + lane * kVector, kVector, true, true};
+  }
+  const PackedBlock at = packed_block(block.first_block + index, block.row, block.row_blocks);
+  const int start = static_cast<int>(at.first - block.first), rest = at.n - lane * kVector;
+  const bool vector = start % kVector == 0;
+  return {start + lane * kVector,
+          rest < 0         ? 0
+          : rest < kVector ? rest
+                           : kVector,
+          vector, vector && at.n == kStateBlock};
+}
+
+// A lane's elements between decoding and encoding; sd is the variance until finish_lane.
+struct LaneMoments {
+  float r[kVector], mean[kVector], sd[kVector], w[kVector], root[kVector], theta[kVector];
+};
+
+// The largest magnitudes: of a lane, then of the warp.
+struct Largest {
+  float r = 0, mean = 0, sd = 0, root = 0;
+};
+
+MAXVA_THREAD_CODE float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return ::fmaxf(a, ::fabsf(b));
+#else
+  return a > std::fabs(b) ? a : std::fabs(b);
+#endif
+}
+
+template <Packing kPacking, Algorithm kAlgorithm>
+MAXVA_THREAD_CODE void decode_element(Word<kPacking> word, uint32_t exponents,
+                                      const CodeConstants& constants, int k, LaneMoments& lane) {
+  float r, mean, sd, w;
+  if constexpr (kPacking == Packing::kInt8) {
+    r = decoded_signed<0>(word, decoding_scale(exponents & 0xFFu), constants);
+    mean = decoded_signed<1>(word, decoding_scale(exponents >> 8 & 0xFFu), constants);
+    sd = decoded_unsigned(word, decoding_scale(exponents >> 16 & 0xFFu), constants);
+    w = unfolded(decoded_magnitude_at<3>(word, decoding_scale(127), constants), word);
+  } else {
+    const auto low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
+    r = float_from_bits(low << 16), mean = float_from_bits(low & 0xFFFF0000u);
+    sd = float_from_bits(high << 16);
+    w = unfolded(float_from_bits(high & 0x7FFF0000u), high);
+  }
+  lane.r[k] = momentum<kAlgorithm>(r, mean, sd);
+  lane.mean[k] = mean;
+  lane.sd[k] = sd * sd;
+  lane.w[k] = w;
+}
+
+// Decodes and moves a lane's elements, states and parameters, in registers. With kStates nothing is
+// to be stored: only the norms are wanted. kFast: block.fast holds, which means the common options
+// in float32 and wide accesses to every list, and the block of states is whole.
+template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,
+          bool kFast>
+MAXVA_THREAD_CODE void move_lane(const PackedState& block, int index, const Lane& at,
+                                 LaneMoments& lane, SumsOfSquares& sums,
+                                 ThreadStatistics<float>& statistics) {
+  using Ops = DeviceArithmetic;
+  const int i = at.offset, n = kFast ? kVector : at.n;
+  const auto vector = [&](bool list) { return kFast || (at.vector && list); };
+  const auto words = load<Word<kPacking>>(block.packed, i, n, vector(block.packed_vector));
+  Vector<Maximum<kPacking>> maxima{};
+  if constexpr (kAmsgrad) {
+    maxima = load<Maximum<kPacking>>(block.maximum, i, n, vector(block.maximum_vector));
+  }
+  const auto floats = [&](const AnyList& list) {
+    return kFast ? load<float>(list.data, i, kVector, true)
+                 : load_any<float>(list, i, n, vector(list.vector));
+  };
+  const Vector<float> theta = floats(block.moved);
+  Vector<float> g = floats(block.g);
+  const uint32_t exponents = kPacking == Packing::kInt8 ? in_global_memory(block.scale)[index] : 0;
+  if (!kFast && block.unscale) {
+    for (int k = 0; k < kVector; ++k) g.x[k] = g.x[k] / block.grad_scale;
+    // kStates leaves the scaled gradient for the phase that writes it back
+    if constexpr (!kStates) store_any(g, block.g, i, n, vector(block.g.vector));
+  }
+  const CodeConstants constants = block.constants;
+  Scalars<float> s = block.scalars;
+  s.range = s.range_squared = 1.0f;
+  if constexpr (kFast) s.l2 = s.nesterov_x = s.eps_inside = 0.0f;
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int k = 0; k < kVector; ++k) {
+    decode_element<kPacking, kAlgorithm>(words.x[k], exponents, constants, k, lane);
+    float vmax = 0.0f;
+    if constexpr (kAmsgrad) {
+      float root;
+      if constexpr (kPacking == Packing::kInt8) {
+        root = decoded_unsigned(uint32_t{maxima.x[k]} << 16, decoding_scale(exponents >> 24),
+                                constants);
+      } else {
+        root = to_compute(maxima.x[k]);
+      }
+      vmax = root * root;
+    }
+    const float gk = observed_gradient<Ops>(g.x[k], theta.x[k], s);
+    const float c = observe_centered<Ops>(gk, lane.mean[k], lane.sd[k], lane.w[k], s);
+    if (kCollect && k < n) {
+      statistics.gradient_squares += double(g.x[k]) * double(g.x[k]);
+      statistics.one_minus_beta += c;
+      statistics.at_beta_min += c == s.c_max ? 1.0f : 0.0f;
+      statistics.at_beta_max += c == s.c_min ? 1.0f : 0.0f;
+    }
+    const float vhat = Ops::fma(lane.mean[k], lane.mean[k], lane.sd[k]);
+    track_maximum<kAmsgrad>(vhat, 1.0f, vmax);
+    auto normalize = normalizer<kAmsgrad, Ops>(vhat, 1.0f, vmax, s);
+    if constexpr (kFast) normalize.never_by_zero();
+    accumulate_momentum<kAlgorithm, Ops>(gk, lane.r[k], normalize, s);
+    const float step = direction<kAlgorithm, Ops>(gk, lane.r[k], normalize, s);
+    lane.root[k] = vmax;
+    if constexpr (kStates) {
+      const double update = layer_update<Ops>(theta.x[k], step, s);
+      if (k < n) {
+        sums.theta += double(theta.x[k]) * double(theta.x[k]);
+        sums.update += update * update;
+      }
+    } else {
+      lane.theta[k] = moved_parameter<Ops>(theta.x[k], step, s);
+      if (kCollect && k < n) statistics.step_size += step_length(step, s);
+    }
+  }
+}
+
+// Roots and units. What has no code counts as 0 and is marked by a bit of `nan` (of the root: 16
+// bits higher).
+template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad>
+MAXVA_THREAD_CODE Largest finish_lane(int n, LaneMoments& lane, uint32_t& nan) {
+  using Ops = DeviceArithmetic;
+  Largest largest;
+  bool finite = true;
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int k = 0; k < kVector; ++k) {
+    lane.sd[k] = Ops::root(lane.sd[k]);
+    lane.r[k] = in_units<kAlgorithm, Ops>(lane.r[k], lane.mean[k], lane.sd[k]);
+    // mean is finite where its standard deviation is; 0 times what is not is NaN
+    finite = finite && Ops::fma(lane.r[k], 0.0f, lane.sd[k]) < INFINITY;
+    if constexpr (kAmsgrad) {
+      lane.root[k] = Ops::root(lane.root[k]);
+      finite = finite && lane.root[k] < INFINITY;
+    }
+  }
+  nan = 0;
+  if constexpr (kPacking == Packing::kInt8) {
+    if (!finite) {
+      for (int k = 0; k < kVector; ++k) {
+        if (!(Ops::fma(lane.r[k], 0.0f, lane.sd[k]) < INFINITY)) {
+          lane.r[k] = lane.mean[k] = lane.sd[k] = 0.0f;
+          nan |= 1u << k;
+        }
+        if (kAmsgrad && !(lane.root[k] < INFINITY)) {
+          lane.root[k] = 0.0f;
+          nan |= 0x10000u << k;
+        }
+      }
+    }
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= n) break;
+      largest.r = larger(largest.r, lane.r[k]);
+      largest.mean = larger(largest.mean, lane.mean[k]);
+      largest.sd = larger(largest.sd, lane.sd[k]);
+      if constexpr (kAmsgrad) largest.root = larger(largest.root, lane.root[k]);
+    }
+  }
+  return largest;
+}
+
+// The random words of a lane's elements where block.fast holds.
+MAXVA_THREAD_CODE PhiloxWords fast_words(const PackedState& block, int offset) {
+  const int64_t call = block.first_call + offset / kVector;
+  return philox_rounds({{static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32),
+                         block.random.parameter, block.random.t}},
+                       [&](int round, uint32_t& key0, uint32_t& key1) {
+                         key0 = block.round_keys[round][0];
+                         key1 = block.round_keys[round][1];
+                       });
+}
+
+// Encodes and stores a lane's elements with the scales of the whole block.
+template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kFast>
+MAXVA_THREAD_CODE void store_lane(const PackedState& block, int index, int lane_index,
+                                  const Lane& at, const LaneMoments& lane, const Largest& largest,
+                                  uint32_t nan) {
+  using Ops = DeviceArithmetic;
+  const int i = at.offset, n = kFast ? kVector : at.n;
+  const auto vector = [&](bool list) { return kFast || (at.vector && list); };
+  forget_block_state();  // random words made earlier would crowd out the elements
+  const PhiloxWords random =
+      kFast ? fast_words(block, i) : block.random.four_words(block.first + i);
+  Vector<Word<kPacking>> words;
+  Vector<Maximum<kPacking>> maxima;
+  if constexpr (kPacking == Packing::kInt8) {
+    const CodeConstants constants = block.constants;
+    const uint32_t for_r = scale_exponent(bits_of(largest.r)),
+                   for_mean = scale_exponent(bits_of(largest.mean)),
+                   for_sd = scale_exponent(bits_of(largest.sd)),
+                   for_root = scale_exponent(bits_of(largest.root));
+    if (lane_index == 0) {
+      in_global_memory(block.scale)[index] =
+          for_r | for_mean << 8 | for_sd << 16 | (kAmsgrad ? for_root << 24 : 0);
+    }
+    for (int k = 0; k < kVector; ++k) {
+      const uint32_t word = random.x[k];
+      words.x[k] = packed_bytes(
+          encoded_signed<1, Ops>(lane.r[k], inverse_scale(for_r), word, constants),
+          encoded_signed<2, Ops>(lane.mean[k], inverse_scale(for_mean), word, constants),
+          encoded_unsigned<Ops>(lane.sd[k], inverse_scale(for_sd), word, constants),
+          encoded_weight(lane.w[k], word, constants));
+      if constexpr (kAmsgrad) {
+        maxima.x[k] = static_cast<uint8_t>(
+            encoded_unsigned<Ops>(lane.root[k], inverse_scale(for_root), word, constants) >> 24);
+      }
+    }
+    if (nan != 0) {
+      for (int k = 0; k < kVector; ++k) {
+        if (nan >> k & 1u) words.x[k] |= kNotANumberCode >> 8;
+        if (kAmsgrad && (nan >> (16 + k) & 1u)) maxima.x[k] = 0xFF;
+      }
+    }
+  } else {
+    for (int k = 0; k < kVector; ++k) {
+      const uint32_t word = random.x[k];
+      const uint32_t low =
+          bfloat16_bits<1>(lane.r[k], word) >> 16 | bfloat16_bits<2>(lane.mean[k], word);
+      const uint32_t high = bfloat16_bits<3>(lane.sd[k], word) >> 16 |
+                            bfloat16_bits<0>(folded_weight(lane.w[k]), word);
+      words.x[k] = uint64_t{high} << 32 | low;
+      if constexpr (kAmsgrad) from_compute(lane.root[k], window<3>(word), maxima.x[k]);
+    }
+  }
+  store(words, block.packed, i, n, vector(block.packed_vector));
+  if constexpr (kAmsgrad) store(maxima, block.maximum, i, n, vector(block.maximum_vector));
+  Vector<float> theta;
+  for (int k = 0; k < kVector; ++k) theta.x[k] = lane.theta[k];
+  if constexpr (kFast) {
+    store(theta, block.moved.data, i, n, true);
+    return;
+  }
+  // lr = 0 keeps the bits; a NaN's would not survive the conversion
+  if (block.scalars.eta == 0.0f) return;
+  if (block.random.on) {  // then there are no master weights
+    Vector<BFloat16> rounded;
+    for (int k = 0; k < kVector; ++k) from_compute(theta.x[k], random.x[k], rounded.x[k]);
+    store(rounded, block.moved.data, i, n, vector(block.moved.vector));
+    return;
+  }
+  store_any(theta, block.moved, i, n, vector(block.moved.vector));
+  if (block.has_master) store_any(theta, block.theta, i, n, vector(block.theta.vector));
+}
+
+}  // namespace maxva::gpu
