@@ -331,6 +331,8 @@ def rows_are_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same places."""
+    if a.stride() == b.stride():
+        return True
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(x == y for size, x, y in strides if size > 1)
 
