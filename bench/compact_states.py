@@ -113,6 +113,7 @@ def quadratic(contestant: Contestant, lr: float, seed: int, steps: int, trials: 
     """Mean loss after the steps: curvatures 1 and 20, noise 0.2; a row per coordinate."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.tensor([[1.0], [20.0]])
+    assert 2 * trials >= 4096, "smaller parameters keep float32 states, here and in the peers"
     theta = nn.Parameter(torch.randn(2, trials, generator=generator))
     betas = (0.9, 0.99)
     opt = contestant.make([theta], lr=lr, betas=betas, eps=1e-10, weight_decay=0.0)
@@ -245,7 +246,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the document; printed without")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps, trials, net_steps = (20, 1024, 4) if args.quick else (600, 1024, 150)
+    steps, trials, net_steps = (20, 2048, 4) if args.quick else (600, 2048, 150)
     lrs = (0.03,) if args.quick else (0.01, 0.02, 0.03, 0.05)
     rounding = [(kind, *(f"{e:.2%}" for e in errors)) for kind, errors in rounding_errors()]
     of_quadratic, of_transformer = [], []
