@@ -53,6 +53,15 @@ def observed_gradient(g, theta, s):
 
 
 @triton.jit
+def clipped_complement(c, w, s):
+    """1 - beta_t between its bounds, from the unclipped one."""
+    c = tl.where(c < s.c_max, c, s.c_max)  # 0/0 compares false and becomes beta_low
+    c = tl.where(c > s.c_min, c, s.c_min)
+    # the first observation of this coordinate, whatever the step
+    return tl.where(w == 0, s.c_init, c)
+
+
+@triton.jit
 def observe(g, u, v, w, s):
     """Chooses beta_t by Eq. 6, clips it, and moves u, v, w by Eq. 2-4.
 
@@ -65,14 +74,29 @@ def observe(g, u, v, w, s):
     excess = tl.fma(v, w * s.range_squared, -(us * us))
     var = tl.where(excess > 0, excess, 0.0)
     numerator = w * tl.fma(s.delta, w, d - var)
-    c = divide(numerator, numerator + (d + var))
-    c = tl.where(c < s.c_max, c, s.c_max)  # 0/0 compares false and becomes beta_low
-    c = tl.where(c > s.c_min, c, s.c_min)
-    c = tl.where(w == 0, s.c_init, c)  # the first observation of this coordinate, whatever the step
+    c = clipped_complement(divide(numerator, numerator + (d + var)), w, s)
     u = tl.fma(c, g - u, u)
     v = tl.fma(c, tl.fma(g, g, -v), v)
     w = tl.fma(c, 1.0 - w, w)
     return u, v, w, c
+
+
+@triton.jit
+def observe_centered(g, mean, var, w, s):
+    """`observe` of states kept as mean = u/w and var = v/w - mean^2, for compact states.
+
+    s has range 1. With lambda = (1 - beta_t) / w of the moved w, Eq. 2-4 move the mean by lambda
+    times the deviation, and no difference of large numbers is taken.
+    """
+    deviation = g - mean
+    d = deviation * deviation
+    numerator = tl.fma(w, d - var, s.delta)
+    c = clipped_complement(divide(numerator, numerator + (d + var)), w, s)
+    w = tl.fma(c, 1.0 - w, w)
+    share = divide(c, w)
+    mean = tl.fma(share, deviation, mean)
+    var = (1.0 - share) * tl.fma(share, d, var)
+    return mean, var, w, c
 
 
 @triton.jit

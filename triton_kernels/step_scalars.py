@@ -97,8 +97,11 @@ def power_of_two_near_inverse_root(c):
 
 
 @triton.jit
-def make_scalars(h, lr, t, clip_factor, trust):
-    """t: the number of updates including this one; trust: r of LAMB, 1 without."""
+def make_scalars(h, lr, t, clip_factor, trust, UNIT_RANGE: tl.constexpr):
+    """t: the number of updates including this one; trust: r of LAMB, 1 without.
+
+    UNIT_RANGE: range is 1, for `observe_centered`, which multiplies nothing by w.
+    """
     # alpha^t by exp and log: its error, t |log alpha| alpha^t 2^-53, is below half a unit of 1
     corrected = (h.bias_correction != 0) & (h.alpha != 0)
     power = tl.exp(t * tl.log(tl.where(corrected, h.alpha, 0.5)))
@@ -106,7 +109,10 @@ def make_scalars(h, lr, t, clip_factor, trust):
     c_init = 1.0 - h.beta_init
     lambda_decoupled = tl.where(h.adam_w_mode != 0, h.weight_decay, 0.0)
     nesterov = h.nesterov != 0
-    range_ = power_of_two_near_inverse_root(c_init)
+    if UNIT_RANGE:
+        range_ = tl.full(c_init.shape, 1.0, tl.float64)
+    else:
+        range_ = power_of_two_near_inverse_root(c_init)
     return Scalars(
         g_factor=tl.where(h.maximize != 0, -clip_factor, clip_factor),
         l2=tl.where(h.adam_w_mode != 0, 0.0, h.weight_decay),
@@ -137,8 +143,8 @@ def store_scalars(row, s, mask):
 
 
 @triton.jit
-def load_scalars(row):
-    """One tensor's scalars, in the compute type."""
+def load_scalars(row, UNIT_RANGE: tl.constexpr = False):
+    """One tensor's scalars, in the compute type; UNIT_RANGE as they were made."""
     return Scalars(
         g_factor=tl.load(row + 0),
         l2=tl.load(row + 1),
@@ -149,8 +155,8 @@ def load_scalars(row):
         c_init=tl.load(row + 6),
         c_min=tl.load(row + 7),
         c_max=tl.load(row + 8),
-        range=tl.load(row + 9),
-        range_squared=tl.load(row + 10),
+        range=1.0 if UNIT_RANGE else tl.load(row + 9),
+        range_squared=1.0 if UNIT_RANGE else tl.load(row + 10),
         delta=tl.load(row + 11),
         eps=tl.load(row + 12),
         eps_inside=tl.load(row + 13),
