@@ -42,6 +42,13 @@ class OperatorBackend:
         norms: Tensor | None,
     ) -> None:
         b = batch
+        if b.packed:
+            self._operators.update_packed_(
+                b.theta, b.g, b.packed, b.scale, b.maximum, b.master, b.step, b.group_step,
+                b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, b.statistics, b.rounding,
+                algorithm, int(phase),
+            )  # fmt: skip
+            return
         self._operators.update_(
             b.theta, b.g, b.m, b.u, b.v, b.w, b.vmax, b.master, b.step, b.group_step,
             b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, b.statistics, b.rounding,

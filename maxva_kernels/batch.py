@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from maxva_kernels.compact import MAXIMUM_DTYPE, num_blocks
+
 
 class Phase(enum.IntEnum):
     """`enum class Phase` of csrc/step_scalars.h: the trust ratio alone needs two phases."""
@@ -36,17 +38,18 @@ SKIP, CLIP_FACTOR, GRAD_NORM, CONTROL_FIELDS = range(4)
 class Batch:
     """Parameters on one device that a backend updates in one call.
 
-    Element i of every list belongs to parameter i; `vmax` and `master` are either as long or
-    empty. Consecutive parameters belong to one group: `group_sizes` says how many, `hyper` holds
-    lr and the row of hyper.ROW per group, `lr` a one-element tensor that overrides it or None, and
-    `groups` which of the optimizer's groups it is; `parameters` are the parameters' indices in the
-    optimizer, where `statistics` are collected.
+    Element i of every list belongs to parameter i; `vmax` and `master` are either as long or empty.
+    Compact states stand in `packed`, `scale` (of int8 only) and `maximum` (of amsgrad only) instead
+    of m, u, v, w and vmax, which are empty then: compact.py. Consecutive parameters belong to one
+    group: `group_sizes` says how many, `hyper` holds lr and the row of hyper.ROW per group, `lr` a
+    one-element tensor that overrides it or None, and `groups` which of the optimizer's groups it
+    is; `parameters` are the parameters' indices in the optimizer, where `statistics` are collected.
     `group_step` holds the int32 counters on the device that this call counts up. `trust_ratio` is
     the same for all groups of a batch: it takes two phases. `rounding` holds a row of
-    rounding.FIELDS per parameter, or nothing where none is rounded stochastically; `statistics` is
-    float64 [parameters, len(Statistic)], of which each phase writes what it knows, or None. `rows`,
-    no backend's business, tells of parameters divided over ranks their row in the table of norms
-    (sharding.py).
+    rounding.FIELDS per parameter, or nothing where nothing is rounded stochastically; `statistics`
+    is float64 [parameters, len(Statistic)], of which each phase writes what it knows, or None.
+    `rows`, no backend's business, tells of parameters divided over ranks their row in the table of
+    norms (sharding.py).
     """
 
     device: torch.device
@@ -58,6 +61,9 @@ class Batch:
     v: list[Tensor] = field(default_factory=list)
     w: list[Tensor] = field(default_factory=list)
     vmax: list[Tensor] = field(default_factory=list)
+    packed: list[Tensor] = field(default_factory=list)
+    scale: list[Tensor] = field(default_factory=list)
+    maximum: list[Tensor] = field(default_factory=list)
     master: list[Tensor] = field(default_factory=list)
     step: list[Tensor] = field(default_factory=list)
     group_step: list[Tensor] = field(default_factory=list)
@@ -77,6 +83,8 @@ def check_states(batch: Batch) -> None:
     The operators check for themselves; this is for plain torch code, and for a step of several
     batches, of which none may move before all are known to fit.
     """
+    if batch.packed:
+        _check_packed(batch)
     lists = {
         "exp_avg": batch.m,
         "maxva_avg": batch.u,
@@ -92,6 +100,24 @@ def check_states(batch: Batch) -> None:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
                     f"its parameter needs {tuple(theta.shape)}, {dtype} on {theta.device}"
+                )
+
+
+def _check_packed(batch: Batch) -> None:
+    word_dtype = batch.packed[0].dtype
+    for i, theta in enumerate(batch.theta):
+        needs = [("maxva_packed", batch.packed[i], tuple(theta.shape), word_dtype)]
+        if word_dtype == torch.int32:
+            blocks = theta.shape[0], num_blocks(theta.shape[1:].numel())
+            needs.append(("maxva_scale", batch.scale[i], blocks, torch.int32))
+        if batch.maximum:
+            dtype = MAXIMUM_DTYPE[word_dtype]
+            needs.append(("maxva_packed_max", batch.maximum[i], tuple(theta.shape), dtype))
+        for name, tensor, shape, dtype in needs:
+            if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, theta.device):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
+                    f"its parameter needs {shape}, {dtype} on {theta.device}"
                 )
 
 

@@ -444,7 +444,7 @@ class MaxVA(Optimizer):
                 if collects:
                     batch.parameters.append(parameter)
                 if rounds:
-                    batch.rounding.extend(rounding.row(group, p, parameter))
+                    batch.rounding.extend(rounding.row(group, p, parameter, False))
         for batch in batches.values():
             if batch.device.type != "cpu" and any(step.is_cpu for step in batch.step):
                 self._place_steps(batch)

@@ -18,16 +18,24 @@ from maxva_kernels.batch import (
     Statistic,
     check_states,
 )
+from maxva_kernels.compact import Moments, Packed, pack, unpack
 from maxva_kernels.hyper import ROW
-from maxva_kernels.rounding import rounded, row_of
+from maxva_kernels.rounding import FIELDS, random_words, rounded, row_of
 
 
 def complement_of_beta(g: Tensor, u: Tensor, v: Tensor, w: Tensor, h: dict[str, float]) -> Tensor:
     """1 - beta_t, clipped: Eq. 6 with the authors' delta, Eq. 7 where w is 0."""
+    divisor = torch.where(w == 0, 1.0, w)
+    mean = u / divisor
+    var = torch.clamp(v / divisor - mean**2, min=0)
+    return centered_complement(g, mean, var, w, h)
+
+
+def centered_complement(
+    g: Tensor, mean: Tensor, var: Tensor, w: Tensor, h: dict[str, float]
+) -> Tensor:
+    """`complement_of_beta` from mean = u/w and var = v/w - mean^2."""
     first = w == 0
-    w = torch.where(first, 1.0, w)
-    mean = u / w
-    var = torch.clamp(v / w - mean**2, min=0)
     d = (g - mean) ** 2
     numerator = w * (d - var) + h["delta"]
     denominator = numerator + d + var
@@ -43,6 +51,22 @@ def observe(
     """Returns u, v, w after observing g (Eq. 2-4), and the 1 - beta_t they moved by."""
     c = complement_of_beta(g, u, v, w, h)
     return u + c * (g - u), v + c * (g * g - v), w + c * (1 - w), c
+
+
+def observe_centered(
+    g: Tensor, mean: Tensor, var: Tensor, w: Tensor, h: dict[str, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`observe` of mean = u/w and var = v/w - mean^2, which survive that states are rounded.
+
+    Returns mean, var, w after observing g, and the 1 - beta_t they moved by.
+    """
+    c = centered_complement(g, mean, var, w, h)
+    w_new = w + c * (1 - w)
+    share = c / w_new
+    deviation = g - mean
+    # 1 - share, without the cancellation that could make it negative
+    var_new = w * (1 - c) / w_new * (var + share * deviation**2)
+    return mean + share * deviation, var_new, w_new, c
 
 
 def normalized(x: Tensor, v: Tensor, w: Tensor, vmax: Tensor | None, h: dict[str, float]) -> Tensor:
@@ -74,6 +98,17 @@ def direction(
     """The update before bias correction, from the momentum m that x has entered already."""
     ahead = h["alpha"] * m + (1 - h["alpha"]) * x if h["nesterov"] else m
     return normalized(ahead, v, w, vmax, h) if algorithm == "madam" else ahead
+
+
+def _packed(batch: Batch, i: int) -> Packed | None:
+    """Parameter i's compact state, None where it has another."""
+    if not batch.packed:
+        return None
+    return Packed(
+        batch.packed[i],
+        batch.scale[i] if batch.scale else None,
+        batch.maximum[i] if batch.maximum else None,
+    )
 
 
 class EagerBackend:
@@ -122,8 +157,14 @@ class EagerBackend:
         grad_scale: Tensor | None,
         norms: Tensor | None,
     ) -> None:
-        m, u, v, w = batch.m[i], batch.u[i], batch.v[i], batch.w[i]
-        vmax = batch.vmax[i] if batch.vmax else None
+        packed = _packed(batch, i)
+        if packed is None:
+            m, u, v, w = batch.m[i], batch.u[i], batch.v[i], batch.w[i]
+            vmax = batch.vmax[i] if batch.vmax else None
+        else:
+            moments = unpack(packed, algorithm)
+            m, mean, var, w = moments.m, moments.mean, moments.sd.square(), moments.w
+            vmax = None if moments.root is None else moments.root.square()
         master = batch.master[i] if batch.master else None
         stored = batch.theta[i] if master is None else master
         theta = stored.to(m.dtype)
@@ -149,17 +190,24 @@ class EagerBackend:
         if not h["adam_w_mode"]:
             g = g + h["weight_decay"] * theta
 
-        if phase != Phase.PARAMETERS:
+        # compact states move in the last phase only: they are rounded once
+        moves = packed is not None or phase != Phase.PARAMETERS
+        if packed is not None:
+            mean_new, var_new, w_new, c = observe_centered(g, mean, var, w, h)
+            v_new, weight = mean_new**2 + var_new, torch.ones_like(w_new)
+        elif moves:
             u_new, v_new, w_new, c = observe(g, u, v, w, h)
+            weight = w_new
+        else:
+            v_new, weight = v, w
+        if phase != Phase.PARAMETERS:
             record(Statistic.ONE_MINUS_BETA, c)
             record(Statistic.AT_BETA_MIN, c == 1 - h["beta_low"])
             record(Statistic.AT_BETA_MAX, c == 1 - h["beta_high"])
-            vmax_new = None if vmax is None else torch.maximum(vmax, v_new / w_new)
-        else:
-            u_new, v_new, w_new, vmax_new = u, v, w, vmax
-        x = momentum_input(algorithm, g, v_new, w_new, vmax_new, h)
-        m_new = m if phase == Phase.PARAMETERS else m + (1 - h["alpha"]) * (x - m)
-        update = direction(algorithm, x, m_new, v_new, w_new, vmax_new, h)
+        vmax_new = torch.maximum(vmax, v_new / weight) if moves and vmax is not None else vmax
+        x = momentum_input(algorithm, g, v_new, weight, vmax_new, h)
+        m_new = m + (1 - h["alpha"]) * (x - m) if moves else m
+        update = direction(algorithm, x, m_new, v_new, weight, vmax_new, h)
         if h["bias_correction"]:
             t = batch.step[i].double() + 1
             update = update / (1 - torch.pow(h["alpha"], t))
@@ -169,7 +217,7 @@ class EagerBackend:
             assert norms is not None
             norms[i, 0] = theta.double().square().sum()
             norms[i, 1] = (update + decay * theta).double().square().sum()
-        if phase != Phase.PARAMETERS:
+        if packed is None and moves:
             for tensor, value in ((m, m_new), (u, u_new), (v, v_new), (w, w_new)):
                 write(tensor, value)
             if vmax is not None and vmax_new is not None:
@@ -185,12 +233,22 @@ class EagerBackend:
             frozen = torch.as_tensor(lr == 0, device=theta.device)
             for tensor in (batch.theta[i],) if master is None else (master, batch.theta[i]):
                 write(tensor, torch.where(frozen, tensor, self._stored(batch, i, moved, tensor)))
+            if packed is not None:
+                row = row_of(batch.rounding, i)
+                assert row is not None
+                root = None if vmax_new is None else vmax_new.sqrt()
+                moved_states = Moments(m_new, mean_new, var_new.sqrt(), w_new, root)
+                words = random_words(theta.numel(), batch.step[i] + 1, row)
+                coded = pack(moved_states, algorithm, packed.packed, words)
+                for old, new in zip(packed, coded, strict=True):
+                    if old is not None and new is not None:
+                        write(old, new)
 
     @staticmethod
     def _stored(batch: Batch, i: int, moved: Tensor, tensor: Tensor) -> Tensor:
         """`moved` in the dtype of the tensor it becomes."""
         row = row_of(batch.rounding, i)
-        if row is None:
+        if row is None or not row[FIELDS.index("theta")]:
             return moved.to(tensor.dtype)
         # a 0-dim parameter has taken the scalars' float64
         return rounded(moved.float(), tensor, batch.step[i] + 1, row)

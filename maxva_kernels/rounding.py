@@ -1,5 +1,7 @@
 """Stochastic rounding of bfloat16 parameters: the rows that kernels read, and the rule in torch.
 
+Compact states take their random words from here, too; their codes are compact.py's.
+
 What csrc/stochastic_rounding.h states for the kernels, in plain torch operations on any device.
 """
 
@@ -14,28 +16,31 @@ from maxva_kernels.hyper import describe
 from maxva_kernels.sharding import linear_index
 
 #: Fields of a row, in the order of `struct Rounding` in csrc/stochastic_rounding.h.
-FIELDS = ("seed", "parameter", "offset", "inner_local", "inner_global")
+#: `theta` is 1 where the parameter itself is rounded so, 0 where only its compact state is.
+FIELDS = ("seed", "parameter", "offset", "inner_local", "inner_global", "theta")
 #: The row of a parameter that is rounded to the nearest.
-NEAREST = (0, -1, 0, 1, 1)
+NEAREST = (0, -1, 0, 1, 1, 0)
 
 _WORD = 0xFFFFFFFF
 
 
-def row(group: dict[str, Any], p: Tensor, parameter: int) -> tuple[int, ...]:
+def row(group: dict[str, Any], p: Tensor, parameter: int, is_packed: bool) -> tuple[int, ...]:
     """How the kernels are to round p.
 
     Args:
         group: p's, with the options stochastic_rounding and rounding_seed.
         p: a parameter, also a DTensor.
         parameter: its index among all parameters of the optimizer.
+        is_packed: whether its state is compact.
     """
-    if not group["stochastic_rounding"] or p.dtype != torch.bfloat16:
+    theta = group["stochastic_rounding"] and p.dtype == torch.bfloat16
+    if not theta and not is_packed:
         return NEAREST
-    return (group["rounding_seed"], parameter, *linear_index(p))
+    return (group["rounding_seed"], parameter, *linear_index(p), int(theta))
 
 
 def row_of(rounding: list[int], i: int) -> tuple[int, ...] | None:
-    """Parameter i's row in Batch.rounding; None where it is rounded to the nearest."""
+    """Parameter i's row in Batch.rounding; None where everything is rounded to the nearest."""
     row = tuple(rounding[i * len(FIELDS) : (i + 1) * len(FIELDS)]) or NEAREST
     return None if row[1] < 0 else row
 
@@ -69,7 +74,7 @@ def random_words(numel: int, t: Tensor, row: tuple[int, ...]) -> Tensor:
         t: 0-dim, the number of this update.
         row: FIELDS.
     """
-    seed, parameter, offset, inner_local, inner_global = row
+    seed, parameter, offset, inner_local, inner_global, _ = row
     i = torch.arange(numel, device=t.device)
     e = i // inner_local * inner_global + offset + i % inner_local
     call = e // 4
