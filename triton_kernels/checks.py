@@ -308,9 +308,7 @@ def _check_rounding(lists: TensorLists, i: int, row: Rounding) -> None:
         raise ValueError(f"maxva: rounding[{i}] needs offset >= 0 and positive inner sizes")
     low = lists.theta[i].dtype == torch.bfloat16 and not lists.states["master"]
     if row.is_stochastic() and not low:
-        raise ValueError(
-            f"maxva: rounding[{i}] is for a bfloat16 parameter without master weights"
-        )
+        raise ValueError(f"maxva: rounding[{i}] is for a bfloat16 parameter without master weights")
 
 
 def is_dense(tensor: Tensor) -> bool:

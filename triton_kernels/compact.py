@@ -1,8 +1,7 @@
-"""Compact states: the codes of maxva_kernels/compact.py, which defines them, on tiles [blocks, 128].
+"""Compact states: the codes that maxva_kernels/compact.py defines, on tiles [blocks, 128].
 
 A row of a tile is a block, whose largest values are found inside it. An element's states are one
-word, an integer of 32 bits (four codes of 8 bits) or of 64 (four bfloat16); so is the word of
-random bits that they are rounded with.
+word, an integer of 32 bits (four codes of 8 bits) or of 64 (four bfloat16).
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ NAN_CODE = tl.constexpr(255)
 # The bits of a float32 are a piecewise linear logarithm; with this added they start at an exact 0.
 BIAS = tl.constexpr(2.0**-16)
 BIAS_BITS = tl.constexpr(111 << 23)
+DOUBLED_BIAS_BITS = tl.constexpr(112 << 23)
 SIGNED_SHIFT = tl.constexpr(20)  # 3 bits of mantissa are kept
 UNSIGNED_SHIFT = tl.constexpr(19)  # 4 bits
 # Makes a block's largest value 0.40625 to 0.8125 of its scale: rounded up it is code 126 at most.
@@ -100,20 +100,21 @@ def scale_of(exponent):
 @triton.jit
 def inverse_of(exponent):
     """2^(127 - e), a column."""
-    return float_from_bits((MAX_EXPONENT - exponent) << 23)[:, None]
+    return float_from_bits((254 - exponent) << 23)[:, None]
 
 
 @triton.jit
 def rounded_code(y, random, SHIFT: tl.constexpr):
     """The upper bits of y, which is biased; half of a window's last place makes it unbiased."""
-    added = (random << (SHIFT - 16)) | (1 << (SHIFT - 17))
-    return ((bits_of(y) + added) >> SHIFT) - (BIAS_BITS >> SHIFT)
+    added = ((random << 1) | 1) << (SHIFT - 17)
+    return (bits_of(y) + added - BIAS_BITS) >> SHIFT
 
 
 @triton.jit
-def code_value(code, SHIFT: tl.constexpr):
-    """In units of the block scale."""
-    return float_from_bits((code << SHIFT) + BIAS_BITS) - BIAS
+def code_value(code, scale, SHIFT: tl.constexpr):
+    """(y - 2^-16) scale, exact: of 2 y, because the bits of 2^-15 have none of the code's."""
+    doubled = float_from_bits((code << SHIFT) | DOUBLED_BIAS_BITS)
+    return tl.fma(doubled, scale * 0.5, scale * -BIAS)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def signed_code(x, inverse, random):
 @triton.jit
 def signed_value(code, scale):
     """float32: what a signed code stands for; code 128 is -0.0."""
-    magnitude = code_value(code & 0x7F, SIGNED_SHIFT) * scale
+    magnitude = code_value(code & 0x7F, scale, SIGNED_SHIFT)
     return float_from_bits(bits_of(magnitude) | ((code << 24) & 0x80000000))
 
 
@@ -139,7 +140,7 @@ def unsigned_code(x, inverse, random):
 @triton.jit
 def unsigned_value(code, scale):
     """float32: what an unsigned code stands for; code 255 is NaN."""
-    return tl.where(code == NAN_CODE, float("nan"), code_value(code, UNSIGNED_SHIFT) * scale)
+    return tl.where(code == NAN_CODE, float("nan"), code_value(code, scale, UNSIGNED_SHIFT))
 
 
 @triton.jit
@@ -174,12 +175,7 @@ def unit(mean, sd, ALGORITHM: tl.constexpr):
 
 @triton.jit
 def decode(packed, exponents, ALGORITHM: tl.constexpr):
-    """Moments of a tile.
-
-    Args:
-        packed: int32 or int64 words.
-        exponents: int32 [blocks], or None for int64.
-    """
+    """Moments of a tile of int32 or int64 words; exponents: int32 [blocks], or None for int64."""
     if packed.dtype == tl.int32:
         word = packed.to(tl.uint32, bitcast=True)
         exponent = exponents.to(tl.uint32, bitcast=True)
@@ -200,7 +196,7 @@ def decode(packed, exponents, ALGORITHM: tl.constexpr):
 
 @triton.jit
 def decode_maximum(code, exponents):
-    """vmax of a tile, from its root: uint8 codes or bfloat16."""
+    """The vmax of a tile, from its root: uint8 codes or bfloat16."""
     if code.dtype == tl.uint8:
         exponent = exponents.to(tl.uint32, bitcast=True)
         root = unsigned_value(code.to(tl.uint32), scale_of(field(exponent, ROOT, 8)))

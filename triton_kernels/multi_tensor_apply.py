@@ -308,9 +308,7 @@ def random_bits_of(row, rounding_row):
 
 
 @triton.jit
-def store_sums(
-    chunk, theta_sum, update_sum, sums, collected, statistics, PHASE: tl.constexpr
-):
+def store_sums(chunk, theta_sum, update_sum, sums, collected, statistics, PHASE: tl.constexpr):
     """What a chunk adds to float64 [chunks, 2] and [chunks, NUM_STATISTICS] (or None)."""
     if PHASE == STATES:
         tl.store(sums + 2 * chunk.to(tl.int64), theta_sum)

@@ -14,8 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import multi_tensor_apply as mta
-from . import norm
-from . import packed_update
+from . import norm, packed_update
 from .checks import (
     DTYPES,
     LayoutFitter,
@@ -143,14 +142,27 @@ def update_packed_(
     algorithm: str,
     phase: int,
 ) -> None:
-    """One step of parameters with compact states (compact.py); what is not named: as update_.
+    """One step of parameters with compact states: those of compact.py instead of m, u, v, w.
 
     Args:
-        theta: float32, bfloat16 or float16, dense with dimension 0 outermost.
+        theta: float32, bfloat16 or float16 parameters, dense with dimension 0 outermost.
+        g: as update_'s.
         packed: a word per element in its parameter's layout, all int32 or all int64.
         scale: int32 [size(0), blocks per row], a word per block, for int32 words; else empty.
-        maximum: in its parameter's layout, uint8 or (int64 words) bfloat16; or empty.
+        maximum: roots of vmax in their parameter's layout, uint8 or (int64 words) bfloat16; or
+            empty.
+        master: as update_'s, and so the next ones.
+        step: float32 counters.
+        group_step: int32 counters, or empty.
+        group_sizes: how many consecutive parameters each group has.
+        hyper: rows, flat.
+        lr: per group a tensor or None.
+        control: or None.
+        grad_scale: or None.
+        norms: float64 [n, 2].
+        statistics: or None.
         rounding: rows of `Rounding`, all of which have random bits.
+        algorithm: "madam" or "lamadam".
         phase: 0, everything; 1, norms, and no state is changed; 2, everything, with the norms.
 
     Raises:

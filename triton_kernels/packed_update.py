@@ -99,7 +99,7 @@ def update_blocks(
     FULL: num_blocks is CHUNK_BLOCKS, rows consist of whole blocks, everything but g is aligned, and
     `shares_calls`. Returns what update_chunk of multi_tensor_apply.py does.
     """
-    MAXIMUM_DTYPE: tl.constexpr = tl.uint8 if WORD == tl.int32 else tl.bfloat16
+    MAXIMUM_DTYPE: tl.constexpr = tl.uint8 if WORD.primitive_bitwidth == 32 else tl.bfloat16
     # FULL counts elements and blocks from the first block, which leaves 32 bits
     origin = first_block * BLOCK if FULL else first_block * 0
     theta_ptr = pointer_to_fours(theta_address, THETA_DTYPE, FULL) + origin

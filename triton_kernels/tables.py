@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from . import multi_tensor_apply as mta
-from . import norm
-from . import packed_update
+from . import norm, packed_update
 from .checks import DTYPES, TensorLists, blocks_per_row, row_length
 from .stochastic_rounding import NEAREST, rows_of
 
