@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .low_precision import to_compute, upper_half, upper_half_bits
-from .maxva_math import MADAM, divide, square_root
+from .maxva_math import FAST, MADAM, divide, is_zero, square_root
 
 # Elements, consecutive in memory inside a row of dimension 0, that share their block scales.
 BLOCK = tl.constexpr(128)
@@ -212,10 +212,10 @@ def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
     Where r, mean or sd are not finite, int8 stores r = mean = 0 and sd's NAN_CODE, and the element
     counts as 0 in its block; bfloat16 stores each as it is.
     """
-    sd = square_root(var)
+    sd = square_root(var, FAST)
     if ALGORITHM == MADAM:
         divisor = unit(mean, sd, ALGORITHM)
-        r = tl.where(divisor == 0, 0.0, divide(m, divisor))
+        r = tl.where(is_zero(divisor, FAST), 0.0, divide(m, divisor, FAST))
     else:
         r = m
     x = fold(w)
@@ -252,7 +252,7 @@ def encode_maximum(vmax, words, exponents):
 
     exponents: of the other slots, or None for bfloat16.
     """
-    root = square_root(vmax)
+    root = square_root(vmax, FAST)
     random = window(words, SD_WINDOW)
     if exponents is None:
         return upper_half(root, bits_of(root) + random), None

@@ -274,7 +274,7 @@ def update_chunk(
             if COLLECT:
                 statistics = add_observations(statistics, g_raw, c, s, mask)
             if AMSGRAD:
-                vmax = track_maximum(v, w, vmax)
+                vmax = track_maximum(divide(v, w), vmax)
         normalizer = make_normalizer(v, w, vmax, s, AMSGRAD)
         if PHASE != PARAMETERS:
             m = accumulate_momentum(g, m, normalizer, s, ALGORITHM)

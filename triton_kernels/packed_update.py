@@ -12,6 +12,8 @@ import triton.language as tl
 
 from .compact import BLOCK, decode, decode_maximum, encode, encode_maximum
 from .maxva_math import (
+    FAST,
+    NONZERO,
     accumulate_momentum,
     direction,
     make_normalizer,
@@ -41,7 +43,7 @@ from .multi_tensor_apply import (
     sums_of_squares,
 )
 from .statistics import add_observations, add_step_sizes, no_statistics
-from .step_scalars import NUM_SCALARS, PARAMETERS, STATES, load_scalars
+from .step_scalars import NUM_SCALARS, PARAMETERS, STATES, are_plain, load_scalars, plain_scalars
 from .stochastic_rounding import (
     ROUNDING_FIELDS,
     random_words,
@@ -92,18 +94,22 @@ def update_blocks(
     COLLECT: tl.constexpr,
     PHASE: tl.constexpr,
     FULL: tl.constexpr,
-    G_ALIGNED: tl.constexpr,
+    FAVORABLE: tl.constexpr,
 ):
     """Blocks [first_block, first_block + num_blocks) of one tensor.
 
     FULL: num_blocks is CHUNK_BLOCKS, rows consist of whole blocks, everything but g is aligned, and
-    `shares_calls`. Returns what update_chunk of multi_tensor_apply.py does.
+    `shares_calls`. FAVORABLE: g is aligned, too, and s `are_plain`. Returns what update_chunk of
+    multi_tensor_apply.py does.
     """
+    OPS: tl.constexpr = NONZERO if FAVORABLE else FAST
+    if FAVORABLE:
+        s = plain_scalars(s)
     MAXIMUM_DTYPE: tl.constexpr = tl.uint8 if WORD.primitive_bitwidth == 32 else tl.bfloat16
     # FULL counts elements and blocks from the first block, which leaves 32 bits
     origin = first_block * BLOCK if FULL else first_block * 0
     theta_ptr = pointer_to_fours(theta_address, THETA_DTYPE, FULL) + origin
-    g_ptr = pointer_to_fours(g_address, G_DTYPE, FULL and G_ALIGNED) + origin
+    g_ptr = pointer_to_fours(g_address, G_DTYPE, FULL and FAVORABLE) + origin
     packed_ptr = pointer_to_fours(packed_address, WORD, FULL) + origin
     maximum_ptr = pointer_to_fours(maximum_address, MAXIMUM_DTYPE, FULL) + origin
     master_ptr = pointer_to_fours(master_address, tl.float32, FULL) + origin
@@ -142,12 +148,12 @@ def update_blocks(
         one = tl.full(vhat.shape, 1.0, tl.float32)
         if AMSGRAD:
             maximum = tl.load(maximum_ptr + i, mask=mask, other=other)
-            vmax = track_maximum(vhat, one, decode_maximum(maximum, exponents))
+            vmax = track_maximum(vhat, decode_maximum(maximum, exponents))
         else:
             vmax = vhat
-        normalizer = make_normalizer(vhat, one, vmax, s, AMSGRAD)
-        m = accumulate_momentum(g, before.m, normalizer, s, ALGORITHM)
-        step = direction(g, m, normalizer, s, ALGORITHM)
+        normalizer = make_normalizer(vhat, one, vmax, s, AMSGRAD, OPS)
+        m = accumulate_momentum(g, before.m, normalizer, s, ALGORITHM, OPS)
+        step = direction(g, m, normalizer, s, ALGORITHM, OPS)
         if PHASE == STATES:
             theta_square, update_square = sums_of_squares(theta, step, s, mask)
             theta_sum += theta_square
@@ -230,23 +236,23 @@ def update_packed_kernel(
         aligned = ((theta | packed | maximum | master) & 15) == 0
         whole = (num_blocks == CHUNK_BLOCKS) & (row_length % BLOCK == 0)
         if whole & aligned & shares_calls(random):
-            # a gradient is a view into a bucket more often than not, at any address
-            if (g & 15) == 0:
+            # its own branch: a gradient that is a view into a bucket may have any address
+            if ((g & 15) == 0) & are_plain(s):
                 theta_sum, update_sum, collected = update_blocks(
                     theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                     row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
-                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=True, G_ALIGNED=True,
+                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=True, FAVORABLE=True,
                 )  # fmt: skip
             else:
                 theta_sum, update_sum, collected = update_blocks(
                     theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                     row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
-                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=True, G_ALIGNED=False,
+                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=True, FAVORABLE=False,
                 )  # fmt: skip
         else:
             theta_sum, update_sum, collected = update_blocks(
                 theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                 row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
-                HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=False, G_ALIGNED=False,
+                HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=False, FAVORABLE=False,
             )  # fmt: skip
         store_sums(chunk, theta_sum, update_sum, sums, collected, statistics, PHASE)

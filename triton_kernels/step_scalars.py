@@ -167,6 +167,41 @@ def load_scalars(row, UNIT_RANGE: tl.constexpr = False):
     )
 
 
+# a root at least so large needs no test for 0
+SAFE_EPS = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def are_plain(s):
+    """Whether the options that few use are off, and no divisor is 0."""
+    return (s.l2 == 0) & (s.nesterov_x == 0) & (s.eps_inside == 0) & (s.eps >= SAFE_EPS)
+
+
+@triton.jit
+def plain_scalars(s):
+    """What `are_plain` knows, known to the compiler."""
+    return Scalars(
+        g_factor=s.g_factor,
+        l2=0.0,
+        decoupled=s.decoupled,
+        one_minus_alpha=s.one_minus_alpha,
+        nesterov_m=1.0,
+        nesterov_x=0.0,
+        c_init=s.c_init,
+        c_min=s.c_min,
+        c_max=s.c_max,
+        range=s.range,
+        range_squared=s.range_squared,
+        delta=s.delta,
+        eps=s.eps,
+        eps_inside=0.0,
+        bias_correction=s.bias_correction,
+        step_size=s.step_size,
+        decay=s.decay,
+        eta=s.eta,
+    )
+
+
 @triton.jit
 def trust_ratio(h, theta_sum_of_squares, update_sum_of_squares):
     """LAMB's r: 1 where it is off, where there is no decay or where a norm is 0."""
