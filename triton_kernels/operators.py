@@ -53,6 +53,8 @@ _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
+# with these a multiprocessor has four programs, where nothing is spilled for it
+_PACKED_REGISTERS = 128
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
 # owned by the first parameter's counter, which lives as long as the optimizer's state
@@ -292,6 +294,12 @@ def _launch_update(
     del kept
 
 
+def _packed_options(amsgrad: bool, collect: bool) -> dict[str, Any]:
+    if amsgrad or collect or "maxnreg" not in _UPDATE_OPTIONS:
+        return _UPDATE_OPTIONS
+    return {**_UPDATE_OPTIONS, "maxnreg": _PACKED_REGISTERS}
+
+
 def _launch_chunks(
     table: UpdateTable,
     c: Combination,
@@ -318,15 +326,16 @@ def _launch_chunks(
             "ALGORITHM": algorithm,
             "HAS_MASTER": bool(lists.states["master"]) and c.theta_dtype != torch.float64,
             "PHASE": phase,
-            **_UPDATE_OPTIONS,
         }
         if lists.is_packed:
+            amsgrad = bool(lists.states["maximum"])
             packed_update.update_packed_kernel[(c.num_chunks,)](
                 *arguments, c.rounding,
                 WORD=_WORDS[lists.states["packed"][0].dtype],
-                AMSGRAD=bool(lists.states["maximum"]),
+                AMSGRAD=amsgrad,
                 ROUND_THETA=c.is_stochastic,
                 **options,
+                **_packed_options(amsgrad, statistics is not None),
             )  # fmt: skip
         else:
             mta.update_kernel[(c.num_chunks,)](
@@ -334,6 +343,7 @@ def _launch_chunks(
                 T=_TL_DTYPES[scalars.dtype],
                 AMSGRAD=bool(lists.states["vmax"]),
                 **options,
+                **_UPDATE_OPTIONS,
             )  # fmt: skip
     _add_sums(c, squares, control, norms, range(2))
     _add_sums(c, statistics_of_chunk, control, statistics, range_of_phase(phase))
