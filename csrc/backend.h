@@ -11,9 +11,12 @@
 namespace maxva {
 
 // One step's tensors, checked: element i of every list belongs to parameter i, all are on one
-// device and share their parameter's dense layout. Empty lists: vmax, master, group_step.
+// device and share their parameter's dense layout. Empty lists: vmax, master, group_step; with
+// compact states m to vmax, without them packed (int32 or int64), scale (of int32 only: int32
+// [size(0), blocks of a row]) and maximum.
 struct TensorLists {
   std::vector<at::Tensor> theta, g, m, u, v, w, vmax, master;
+  std::vector<at::Tensor> packed, scale, maximum;
   std::vector<at::Tensor> step;        // 0-dim float32: updates so far
   std::vector<at::Tensor> group_step;  // int32 [1]: counters of groups, each counted up by one
 };
@@ -30,6 +33,15 @@ struct UpdateArgs {
   std::optional<at::Tensor> norms;            // float64 [n, 2]: sums of squares of theta, update
   std::optional<at::Tensor> statistics;  // float64 [n, kStatistics]; those of the phase are set
   std::vector<Rounding> rounding;        // per parameter; empty: all to the nearest
+
+  bool is_packed() const { return !lists.packed.empty(); }
+  bool amsgrad() const { return !lists.vmax.empty() || !lists.maximum.empty(); }
+  Packing packing() const { return lists.scale.empty() ? Packing::kBFloat16 : Packing::kInt8; }
+  // Elements of a row of dimension 0.
+  int64_t row_of(size_t i) const {
+    const at::Tensor& theta = lists.theta[i];
+    return theta.numel() == 0 ? 0 : theta.numel() / theta.size(0);
+  }
 
   Rounding rounding_of(size_t i) const { return rounding.empty() ? Rounding{} : rounding[i]; }
 };

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <array>
 #include <limits>
 
 #include "backend.h"
@@ -26,18 +27,21 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
+void check_strided(const Tensor& tensor, const char* list, size_t i) {
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "maxva: ", list, "[", i, "] is ",
+                   tensor.layout(), "; only dense (strided) tensors are supported");
+}
+
 void check_dtype(const Tensor& tensor, const char* list, size_t i) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
       "maxva: ", list, "[", i, "] is ", dtype,
       "; float32, float64, bfloat16 and float16 are supported");
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "maxva: ", list, "[", i, "] is ",
-                   tensor.layout(), "; only dense (strided) tensors are supported");
+  check_strided(tensor, list, i);
 }
 
 void check_like_parameter(const Tensor& tensor, const Tensor& theta, const char* list, size_t i) {
-  check_dtype(tensor, list, i);
   TORCH_CHECK_VALUE(tensor.sizes() == theta.sizes(), "maxva: ", list, "[", i, "] has shape ",
                     tensor.sizes(), ", its parameter has ", theta.sizes());
   TORCH_CHECK_VALUE(tensor.device() == theta.device(), "maxva: ", list, "[", i, "] is on ",
@@ -111,38 +115,40 @@ void bump_versions(TensorList tensors) {
   }
 }
 
-void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorList v, TensorList w,
-             TensorList vmax, TensorList master, TensorList step, TensorList group_step,
-             at::IntArrayRef group_sizes, at::ArrayRef<double> hyper,
-             const c10::List<std::optional<Tensor>>& lr, const std::optional<Tensor>& control,
-             const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& norms,
-             const std::optional<Tensor>& statistics, at::IntArrayRef rounding,
-             c10::string_view algorithm, int64_t phase) {
-  if (theta.empty()) return;
+// What update_ and update_packed_ are given alike.
+struct Common {
+  TensorList theta, g, master, step, group_step;
+  at::IntArrayRef group_sizes;
+  at::ArrayRef<double> hyper;
+  const c10::List<std::optional<Tensor>>& lr;
+  const std::optional<Tensor>&control, &grad_scale, &norms, &statistics;
+  at::IntArrayRef rounding;
+  c10::string_view algorithm;
+  int64_t phase;
+};
+
+// Tensors of the parameters' shapes that an update writes: states, or master weights.
+struct List {
+  const char* name;
+  TensorList tensors;
+  std::vector<Tensor> TensorLists::* member;
+  bool optional;
+  std::optional<at::ScalarType> dtype;  // else that of the parameter's arithmetic
+};
+
+// Everything but the tensors that belong to single parameters.
+UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
+  const auto& [theta, g, master, step, group_step, group_sizes, hyper, lr, control, grad_scale,
+               norms, statistics, rounding, algorithm, phase] = common;
   const size_t n = theta.size();
   const at::Device device = theta[0].device();
-  struct List {
-    const char* name;
-    TensorList tensors;
-    std::vector<Tensor> TensorLists::* member;
-    bool optional;
-  };
-  const List states[] = {
-      {"exp_avg (m)", m, &TensorLists::m, false},
-      {"maxva_avg (u)", u, &TensorLists::u, false},
-      {"exp_avg_sq (v)", v, &TensorLists::v, false},
-      {"maxva_weight (w)", w, &TensorLists::w, false},
-      {"max_exp_avg_sq (vmax)", vmax, &TensorLists::vmax, true},
-      {"master_param", master, &TensorLists::master, true},
-  };
-
   UpdateArgs args;
   args.algorithm = algorithm_of(algorithm);
   TORCH_CHECK_VALUE(phase >= 0 && phase <= 2, "maxva: phase must be 0, 1 or 2, is ", phase);
   args.phase = static_cast<Phase>(phase);
   TORCH_CHECK_VALUE(g.size() == n && step.size() == n, "maxva: ", n, " parameters, but ", g.size(),
                     " gradients and ", step.size(), " step counters");
-  for (const List& list : states) {
+  for (const List& list : lists) {
     TORCH_CHECK_VALUE(list.tensors.size() == n || (list.optional && list.tensors.empty()),
                       "maxva: ", n, " parameters, but ", list.tensors.size(), " of ", list.name);
   }
@@ -185,49 +191,62 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   const auto* const rounding_rows = reinterpret_cast<const Rounding*>(rounding.data());
   args.rounding.assign(rounding_rows, rounding_rows + rounding.size() / kRoundingFields);
 
-  LayoutFitter fitter;
-  for (const auto i : c10::irange(n)) {
-    check_dtype(theta[i], "parameter", i);
-    TORCH_CHECK_VALUE(theta[i].device() == device, "maxva: parameter ", i, " is on ",
-                      theta[i].device(), ", parameter 0 is on ", device);
-    check_like_parameter(g[i], theta[i], "gradient", i);
-    const bool is_double = theta[i].scalar_type() == at::kDouble;
-    const auto state_dtype = is_double ? at::kDouble : at::kFloat;
-    for (const List& list : states) {
-      if (list.tensors.empty()) continue;
-      check_like_parameter(list.tensors[i], theta[i], list.name, i);
-      TORCH_CHECK_TYPE(list.tensors[i].scalar_type() == state_dtype, "maxva: ", list.name, "[", i,
-                       "] is ", list.tensors[i].scalar_type(), ", must be ", state_dtype,
-                       " for a parameter of ", theta[i].scalar_type());
-    }
-    check_one_element(step[i], "step", at::kFloat, device);
-    const Rounding rounding_of = args.rounding_of(i);
-    TORCH_CHECK_VALUE(
-        rounding_of.parameter < 0 ||
-            (theta[i].scalar_type() == at::kBFloat16 && master.empty() && rounding_of.offset >= 0 &&
-             rounding_of.inner_local > 0 && rounding_of.inner_global >= 0),
-        "maxva: rounding[", i,
-        "] is for a bfloat16 parameter without master weights, "
-        "with offset >= 0 and positive inner sizes");
-  }
-  // Only now: a temporary is the first thing that costs, and copies must be in order.
-  for (const auto i : c10::irange(n)) {
-    args.lists.theta.push_back(fitter.parameter(theta[i], i));
-    const Tensor& fitted = args.lists.theta.back();
-    args.lists.g.push_back(fitter.like(fitted, g[i], grad_scale.has_value(), "gradient", i));
-    for (const List& list : states) {
-      if (list.tensors.empty()) continue;
-      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true, list.name, i));
-    }
-  }
-  args.lists.step = step.vec();
-  args.lists.group_step = group_step.vec();
   args.control = control;
   args.grad_scale = grad_scale;
   args.norms = norms;
   args.statistics = statistics;
+  return args;
+}
 
-  if (device.is_cpu()) {
+// The tensors of parameter i.
+void check_parameter(const Common& common, at::ArrayRef<List> lists, const Rounding& rounding,
+                     size_t i) {
+  const Tensor& theta = common.theta[i];
+  const at::Device device = common.theta[0].device();
+  check_dtype(theta, "parameter", i);
+  TORCH_CHECK_VALUE(theta.device() == device, "maxva: parameter ", i, " is on ", theta.device(),
+                    ", parameter 0 is on ", device);
+  check_dtype(common.g[i], "gradient", i);
+  check_like_parameter(common.g[i], theta, "gradient", i);
+  const auto arithmetic = theta.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const List& list : lists) {
+    if (list.tensors.empty()) continue;
+    const Tensor& tensor = list.tensors[i];
+    const at::ScalarType dtype = list.dtype.value_or(arithmetic);
+    check_strided(tensor, list.name, i);
+    check_like_parameter(tensor, theta, list.name, i);
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "maxva: ", list.name, "[", i, "] is ",
+                     tensor.scalar_type(), ", must be ", dtype, " for a parameter of ",
+                     theta.scalar_type());
+  }
+  check_one_element(common.step[i], "step", at::kFloat, device);
+  TORCH_CHECK_VALUE(rounding.parameter < 0 || (rounding.offset >= 0 && rounding.inner_local > 0 &&
+                                               rounding.inner_global >= 0),
+                    "maxva: rounding[", i, "] needs offset >= 0 and positive inner sizes");
+  TORCH_CHECK_VALUE(rounding.parameter < 0 || rounding.theta == 0 ||
+                        (theta.scalar_type() == at::kBFloat16 && common.master.empty()),
+                    "maxva: rounding[", i,
+                    "] is for a bfloat16 parameter without master weights, else its last field, "
+                    "theta, must be 0");
+}
+
+// Fits layouts, computes, and tells autograd what has been written. All checks come before.
+void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args) {
+  // Only now: a temporary is the first thing that costs, and copies must be in order.
+  LayoutFitter fitter;
+  for (const auto i : c10::irange(common.theta.size())) {
+    args.lists.theta.push_back(fitter.parameter(common.theta[i], i));
+    const Tensor& fitted = args.lists.theta.back();
+    args.lists.g.push_back(
+        fitter.like(fitted, common.g[i], common.grad_scale.has_value(), "gradient", i));
+    for (const List& list : lists) {
+      if (list.tensors.empty()) continue;
+      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true, list.name, i));
+    }
+  }
+  args.lists.step = common.step.vec();
+  args.lists.group_step = common.group_step.vec();
+  if (common.theta[0].device().is_cpu()) {
     update_cpu(args);
   } else {
 #if defined(MAXVA_WITH_CUDA)
@@ -235,10 +254,92 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
 #endif
   }
   fitter.copy_back();
-  bump_versions(theta);
-  if (grad_scale) bump_versions(g);
-  for (const List& list : states) bump_versions(list.tensors);
-  bump_versions(step);
+  bump_versions(common.theta);
+  if (common.grad_scale) bump_versions(common.g);
+  for (const List& list : lists) bump_versions(list.tensors);
+  bump_versions(common.step);
+}
+
+void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorList v, TensorList w,
+             TensorList vmax, TensorList master, TensorList step, TensorList group_step,
+             at::IntArrayRef group_sizes, at::ArrayRef<double> hyper,
+             const c10::List<std::optional<Tensor>>& lr, const std::optional<Tensor>& control,
+             const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& norms,
+             const std::optional<Tensor>& statistics, at::IntArrayRef rounding,
+             c10::string_view algorithm, int64_t phase) {
+  if (theta.empty()) return;
+  const Common common{theta,   g,          master, step,       group_step, group_sizes, hyper, lr,
+                      control, grad_scale, norms,  statistics, rounding,   algorithm,   phase};
+  const List lists[] = {
+      {"exp_avg (m)", m, &TensorLists::m, false, {}},
+      {"maxva_avg (u)", u, &TensorLists::u, false, {}},
+      {"exp_avg_sq (v)", v, &TensorLists::v, false, {}},
+      {"maxva_weight (w)", w, &TensorLists::w, false, {}},
+      {"max_exp_avg_sq (vmax)", vmax, &TensorLists::vmax, true, {}},
+      {"master_param", master, &TensorLists::master, true, {}},
+  };
+  UpdateArgs args = checked_args(common, lists);
+  for (const auto i : c10::irange(theta.size())) {
+    check_parameter(common, lists, args.rounding_of(i), i);
+  }
+  run_update(common, lists, args);
+}
+
+// Whether element k of the memory belongs to row k / (numel / size(0)) of dimension 0.
+bool has_rows_outermost(const Tensor& theta) {
+  return theta.is_non_overlapping_and_dense() &&
+         (theta.size(0) <= 1 || theta.stride(0) == theta.numel() / theta.size(0));
+}
+
+void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorList scale,
+                    TensorList maximum, TensorList master, TensorList step, TensorList group_step,
+                    at::IntArrayRef group_sizes, at::ArrayRef<double> hyper,
+                    const c10::List<std::optional<Tensor>>& lr,
+                    const std::optional<Tensor>& control, const std::optional<Tensor>& grad_scale,
+                    const std::optional<Tensor>& norms, const std::optional<Tensor>& statistics,
+                    at::IntArrayRef rounding, c10::string_view algorithm, int64_t phase) {
+  if (theta.empty()) return;
+  const size_t n = theta.size();
+  const Common common{theta,   g,          master, step,       group_step, group_sizes, hyper, lr,
+                      control, grad_scale, norms,  statistics, rounding,   algorithm,   phase};
+  const bool is_int8 = !packed.empty() && packed[0].scalar_type() == at::kInt;
+  const List lists[] = {
+      {"maxva_packed", packed, &TensorLists::packed, false, is_int8 ? at::kInt : at::kLong},
+      {"maxva_packed_max", maximum, &TensorLists::maximum, true,
+       is_int8 ? at::kByte : at::kBFloat16},
+      {"master_param", master, &TensorLists::master, true, {}},
+  };
+  UpdateArgs args = checked_args(common, lists);
+  TORCH_CHECK_VALUE(scale.size() == (is_int8 ? n : 0), "maxva: ", n, " parameters with states of ",
+                    packed[0].scalar_type(), " words, but ", scale.size(),
+                    " of maxva_scale: int32 words have one each, int64 words none");
+  TORCH_CHECK_VALUE(!args.rounding.empty(),
+                    "maxva: rounding is empty; compact states need a row per parameter");
+  for (const auto i : c10::irange(n)) {
+    const Rounding rounding_of = args.rounding_of(i);
+    check_parameter(common, lists, rounding_of, i);
+    TORCH_CHECK_TYPE(theta[i].scalar_type() != at::kDouble, "maxva: parameter ", i,
+                     " is float64, whose states are never compact; use update_");
+    TORCH_CHECK_VALUE(theta[i].dim() > 0 && has_rows_outermost(theta[i]), "maxva: parameter ", i,
+                      " of shape ", theta[i].sizes(), " and strides ", theta[i].strides(),
+                      " is not dense with dimension 0 outermost, which compact states need; make "
+                      "it contiguous");
+    TORCH_CHECK_VALUE(rounding_of.parameter >= 0, "maxva: rounding[", i,
+                      "] has no parameter index, which compact states need");
+    if (!is_int8) continue;
+    const int64_t row = theta[i].numel() == 0 ? 0 : theta[i].numel() / theta[i].size(0);
+    const std::array<int64_t, 2> blocks{theta[i].size(0), blocks_of_row(row)};
+    const Tensor& scale_of = scale[i];
+    TORCH_CHECK_VALUE(scale_of.scalar_type() == at::kInt && scale_of.layout() == at::kStrided &&
+                          (theta[i].numel() == 0 || scale_of.sizes() == at::IntArrayRef(blocks)) &&
+                          scale_of.is_contiguous() && scale_of.device() == theta[i].device(),
+                      "maxva: maxva_scale[", i, "] must be contiguous int32 ",
+                      at::IntArrayRef(blocks), " on ", theta[i].device(), ", is ",
+                      scale_of.scalar_type(), " ", scale_of.sizes(), " on ", scale_of.device());
+  }
+  args.lists.scale = scale.vec();
+  run_update(common, lists, args);
+  bump_versions(scale);
 }
 
 std::vector<Tensor> dense(TensorList g) {
@@ -289,6 +390,12 @@ TORCH_LIBRARY(maxva, m) {
       "Tensor(i!)[] step, Tensor(j!)[] group_step, int[] group_sizes, float[] hyper, "
       "Tensor?[] lr, Tensor? control, Tensor? grad_scale, Tensor(k!)? norms, "
       "Tensor(l!)? statistics, int[] rounding, str algorithm, int phase) -> ()");
+  m.def(
+      "update_packed_(Tensor(a!)[] theta, Tensor(b!)[] g, Tensor(c!)[] packed, "
+      "Tensor(d!)[] scale, Tensor(e!)[] maximum, Tensor(f!)[] master, Tensor(g!)[] step, "
+      "Tensor(h!)[] group_step, int[] group_sizes, float[] hyper, Tensor?[] lr, Tensor? control, "
+      "Tensor? grad_scale, Tensor(i!)? norms, Tensor(j!)? statistics, int[] rounding, "
+      "str algorithm, int phase) -> ()");
   m.def("sum_of_squares(Tensor[] g) -> Tensor");
   m.def(
       "write_control_(Tensor(a!) control, Tensor? sum_of_squares, Tensor? grad_scale, "
@@ -297,6 +404,7 @@ TORCH_LIBRARY(maxva, m) {
 
 #define MAXVA_IMPLEMENT(m)                          \
   m.impl("update_", &maxva::update_);               \
+  m.impl("update_packed_", &maxva::update_packed_); \
   m.impl("sum_of_squares", &maxva::sum_of_squares); \
   m.impl("write_control_", &maxva::write_control_);
 

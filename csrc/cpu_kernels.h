@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "compact.h"
 #include "maxva_math.h"
 #include "statistics.h"
 #include "stochastic_rounding.h"
@@ -27,6 +28,37 @@ struct ChunkView {
   double* statistics = nullptr;        // [kStatistics], those of the phase are set; or null
 };
 
+// Blocks of one tensor whose states are compact; pointers are at the tensor's first element.
+struct PackedView {
+  void* theta;
+  DType theta_dtype;
+  void* master;  // as in ChunkView, as are g and grad_scale
+  void* g;
+  DType g_dtype;
+  const double* grad_scale;
+  void* packed;     // int32 or int64
+  uint32_t* scale;  // one per block, or null
+  void* maximum;    // uint8 or bfloat16, or null
+  int64_t row;      // elements of a row of dimension 0
+  int64_t first_block, end_block;
+  const RandomBits* random;
+  double* statistics = nullptr;  // as in ChunkView
+};
+
+inline int64_t blocks_of_row(int64_t row) { return (row + kStateBlock - 1) / kStateBlock; }
+
+// Where a block is.
+struct PackedBlock {
+  int64_t first;  // element
+  int n;
+};
+
+MAXVA_INLINE PackedBlock packed_block(int64_t block, int64_t row, int64_t of_row) {
+  if (row % kStateBlock == 0) return {block * kStateBlock, kStateBlock};
+  const int64_t in_row = block % of_row * kStateBlock, rest = row - in_row;
+  return {block / of_row * row + in_row, rest < kStateBlock ? static_cast<int>(rest) : kStateBlock};
+}
+
 struct SumsOfSquares {
   double theta, update;
 };
@@ -34,12 +66,20 @@ struct SumsOfSquares {
 template <typename T>
 using UpdateChunk = SumsOfSquares (*)(const ChunkView&, const Scalars<T>&, Phase);
 
+using UpdatePacked = SumsOfSquares (*)(const PackedView&, const Scalars<float>&, Phase);
+
+// [packing][algorithm][amsgrad]
+struct PackedKernels {
+  UpdatePacked update[2][2][2];
+};
+
 struct CpuKernels {
   const char* isa;
   // [algorithm][amsgrad]
   UpdateChunk<float> update_float[2][2];
   UpdateChunk<double> update_double[2][2];
   double (*sum_of_squares)(const void* g, DType dtype, int64_t n);
+  const PackedKernels* packed;
 };
 
 inline constexpr const char* kIsaVariable = "MAXVA_CPU_ISA";

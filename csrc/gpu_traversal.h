@@ -334,7 +334,7 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n, S
       }
       track_maximum<kAmsgrad>(v.x[k], w.x[k], vmax.x[k]);
     }
-    const Normalizer<T> normalize = normalizer<kAmsgrad, Ops>(v.x[k], w.x[k], vmax.x[k], s);
+    const Normalizer<Ops, T> normalize = normalizer<kAmsgrad, Ops>(v.x[k], w.x[k], vmax.x[k], s);
     if constexpr (kMovesStates) accumulate_momentum<kAlgorithm, Ops>(gk, m.x[k], normalize, s);
     const T step = direction<kAlgorithm, Ops>(gk, m.x[k], normalize, s);
     if constexpr (kPhase == Phase::kStates) {

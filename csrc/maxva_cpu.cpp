@@ -14,10 +14,24 @@ namespace {
 // 32768 float32 elements of six streams are 786 KB: inside a core's second-level cache.
 constexpr int64_t kChunkSize = 32768;
 
+// 256 blocks, each as kStateBlock elements: rows of compact states end with a whole one.
+static_assert(kChunkSize % kStateBlock == 0);
+
 std::vector<int64_t> numels_of(const std::vector<at::Tensor>& tensors) {
   std::vector<int64_t> numels;
   numels.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) numels.push_back(tensor.numel());
+  return numels;
+}
+
+// Of every parameter, what is cut into chunks.
+std::vector<int64_t> work_of(const UpdateArgs& args) {
+  std::vector<int64_t> numels = numels_of(args.lists.theta);
+  if (!args.is_packed()) return numels;
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const int64_t row = args.row_of(i);
+    if (row != 0) numels[i] = numels[i] / row * blocks_of_row(row) * kStateBlock;
+  }
   return numels;
 }
 
@@ -38,6 +52,68 @@ struct TensorScalars {
   Scalars<float> f;
   Scalars<double> d;
 };
+
+// What belongs to chunk c beside its pointers.
+struct OfChunk {
+  const double* grad_scale;
+  double* statistics;
+  const RandomBits* random;
+};
+
+SumsOfSquares update_chunk(const UpdateArgs& args, const CpuKernels& kernels, const Chunk& c,
+                           const TensorScalars& scalars, const OfChunk& of_chunk) {
+  const TensorLists& lists = args.lists;
+  const size_t i = c.tensor;
+  const bool amsgrad = args.amsgrad();
+  const ChunkView view{
+      .theta = at_element(lists.theta[i], c.begin),
+      .theta_dtype = dtype_of(lists.theta[i]),
+      .master = lists.master.empty() ? nullptr : at_element(lists.master[i], c.begin),
+      .g = at_element(lists.g[i], c.begin),
+      .g_dtype = dtype_of(lists.g[i]),
+      .grad_scale = of_chunk.grad_scale,
+      .m = at_element(lists.m[i], c.begin),
+      .u = at_element(lists.u[i], c.begin),
+      .v = at_element(lists.v[i], c.begin),
+      .w = at_element(lists.w[i], c.begin),
+      .vmax = amsgrad ? at_element(lists.vmax[i], c.begin) : nullptr,
+      .n = c.end - c.begin,
+      .first = c.begin,
+      .random = of_chunk.random,
+      .statistics = of_chunk.statistics,
+  };
+  const auto algorithm = static_cast<size_t>(args.algorithm);
+  return view.theta_dtype == DType::kFloat64
+             ? kernels.update_double[algorithm][amsgrad](view, scalars.d, args.phase)
+             : kernels.update_float[algorithm][amsgrad](view, scalars.f, args.phase);
+}
+
+SumsOfSquares update_packed_chunk(const UpdateArgs& args, const CpuKernels& kernels, const Chunk& c,
+                                  const Scalars<float>& scalars, const OfChunk& of_chunk) {
+  const TensorLists& lists = args.lists;
+  const size_t i = c.tensor;
+  const bool amsgrad = args.amsgrad();
+  const PackedView view{
+      .theta = lists.theta[i].mutable_data_ptr(),
+      .theta_dtype = dtype_of(lists.theta[i]),
+      .master = lists.master.empty() ? nullptr : lists.master[i].mutable_data_ptr(),
+      .g = lists.g[i].mutable_data_ptr(),
+      .g_dtype = dtype_of(lists.g[i]),
+      .grad_scale = of_chunk.grad_scale,
+      .packed = lists.packed[i].mutable_data_ptr(),
+      .scale =
+          lists.scale.empty() ? nullptr : static_cast<uint32_t*>(lists.scale[i].mutable_data_ptr()),
+      .maximum = amsgrad ? lists.maximum[i].mutable_data_ptr() : nullptr,
+      .row = args.row_of(i),
+      .first_block = c.begin / kStateBlock,
+      .end_block = c.end / kStateBlock,
+      .random = of_chunk.random,
+      .statistics = of_chunk.statistics,
+  };
+  const auto packing = static_cast<size_t>(args.packing());
+  const auto algorithm = static_cast<size_t>(args.algorithm);
+  return kernels.packed->update[packing][algorithm][amsgrad](view, scalars, args.phase);
+}
 
 }  // namespace
 
@@ -65,7 +141,7 @@ void update_cpu(const UpdateArgs& args) {
     if (dtype_of(lists.theta[i]) == DType::kFloat64) {
       scalars[i].d = make_scalars<double>(hyper, eta, t, clip_factor, trust);
     } else {
-      scalars[i].f = make_scalars<float>(hyper, eta, t, clip_factor, trust);
+      scalars[i].f = make_scalars<float>(hyper, eta, t, clip_factor, trust, args.is_packed());
     }
     if (!random.empty()) {
       random[i] = make_random_bits(args.rounding[i], lists.theta[i].numel(), t);
@@ -73,35 +149,20 @@ void update_cpu(const UpdateArgs& args) {
   }
 
   const CpuKernels& kernels = cpu_kernels();
-  const ChunkPlan plan(numels_of(lists.theta), kChunkSize);
+  const ChunkPlan plan(work_of(args), kChunkSize);
   std::vector<SumsOfSquares> sums(args.phase == Phase::kStates ? plan.num_chunks() : 0);
   using ChunkStatistics = std::array<double, kStatistics>;
   std::vector<ChunkStatistics> statistics(args.statistics ? plan.num_chunks() : 0);
-  const bool amsgrad = !lists.vmax.empty();
-  const auto algorithm = static_cast<size_t>(args.algorithm);
   parallel_for_each_chunk(plan, [&](const Chunk& c) {
-    const size_t i = c.tensor;
-    const ChunkView view{
-        .theta = at_element(lists.theta[i], c.begin),
-        .theta_dtype = dtype_of(lists.theta[i]),
-        .master = lists.master.empty() ? nullptr : at_element(lists.master[i], c.begin),
-        .g = at_element(lists.g[i], c.begin),
-        .g_dtype = dtype_of(lists.g[i]),
+    const OfChunk of_chunk{
         .grad_scale = args.grad_scale ? &grad_scale : nullptr,
-        .m = at_element(lists.m[i], c.begin),
-        .u = at_element(lists.u[i], c.begin),
-        .v = at_element(lists.v[i], c.begin),
-        .w = at_element(lists.w[i], c.begin),
-        .vmax = amsgrad ? at_element(lists.vmax[i], c.begin) : nullptr,
-        .n = c.end - c.begin,
-        .first = c.begin,
-        .random = random.empty() ? nullptr : &random[i],
         .statistics = statistics.empty() ? nullptr : statistics[c.index].data(),
+        .random = random.empty() ? nullptr : &random[c.tensor],
     };
+    const TensorScalars& of_tensor = scalars[c.tensor];
     const SumsOfSquares chunk_sums =
-        view.theta_dtype == DType::kFloat64
-            ? kernels.update_double[algorithm][amsgrad](view, scalars[i].d, args.phase)
-            : kernels.update_float[algorithm][amsgrad](view, scalars[i].f, args.phase);
+        args.is_packed() ? update_packed_chunk(args, kernels, c, of_tensor.f, of_chunk)
+                         : update_chunk(args, kernels, c, of_tensor, of_chunk);
     if (!sums.empty()) sums[c.index] = chunk_sums;
   });
 

@@ -22,30 +22,41 @@ struct FusedMultiplyAdd {
     return std::fma(a, b, c);
 #endif
   }
+  template <typename T>
+  MAXVA_INLINE static T divide(T a, T b) {
+    return a / b;
+  }
+  template <typename T>
+  MAXVA_INLINE static T root(T x) {
+#if defined(__CUDA_ARCH__)
+    return ::sqrt(x);
+#else
+    return std::sqrt(x);
+#endif
+  }
 };
 
 // For CPUs without the instruction, where std::fma is a slow library call.
-struct SeparateMultiplyAdd {
+struct SeparateMultiplyAdd : FusedMultiplyAdd {
   template <typename T>
   MAXVA_INLINE static T fma(T a, T b, T c) {
     return a * b + c;
   }
 };
 
-template <typename T>
-MAXVA_INLINE T square_root(T x) {
-#if defined(__CUDA_ARCH__)
-  return ::sqrt(x);
-#else
-  return std::sqrt(x);
-#endif
-}
-
 // The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay.
 template <typename Ops, typename T>
 MAXVA_INLINE T observed_gradient(T g, T theta, const Scalars<T>& s) {
   const T clipped = s.g_factor * g;
   return s.l2 == T(0) ? clipped : Ops::fma(s.l2, theta, clipped);
+}
+
+// beta_t in its bounds, as c = 1 - beta_t.
+template <typename T>
+MAXVA_INLINE T clipped(T c, T w, const Scalars<T>& s) {
+  c = c < s.c_max ? c : s.c_max;    // 0/0 compares false and becomes beta_low
+  c = c > s.c_min ? c : s.c_min;    //
+  return w == T(0) ? s.c_init : c;  // the first observation of this coordinate, whatever the step
 }
 
 // Chooses beta_t by Eq. 6, clips it, and moves u, v, w by Eq. 2-4. Works with c = 1 - beta_t.
@@ -67,24 +78,37 @@ MAXVA_INLINE T observe(T g, T& u, T& v, T& w, const Scalars<T>& s) {
   const T excess = Ops::fma(v, w * s.range_squared, -(us * us));
   const T var = excess > T(0) ? excess : T(0);
   const T numerator = w * Ops::fma(s.delta, w, d - var);
-  T c = numerator / (numerator + (d + var));
-  c = c < s.c_max ? c : s.c_max;  // 0/0 compares false and becomes beta_low
-  c = c > s.c_min ? c : s.c_min;
-  c = w == T(0) ? s.c_init : c;  // the first observation of this coordinate, whatever the step
+  const T c = clipped(Ops::divide(numerator, numerator + (d + var)), w, s);
   u = Ops::fma(c, g - u, u);
   v = Ops::fma(c, Ops::fma(g, g, -v), v);
   w = Ops::fma(c, T(1) - w, w);
   return c;
 }
 
+// As observe(), of mean = u/w and var = v/w - mean^2 instead of u and v: Eq. 2-4 as the weighted
+// update of a mean and a variance, which survives that states are rounded from step to step. s is
+// of compact states: delta and range have no factor.
+template <typename Ops, typename T>
+MAXVA_INLINE T observe_centered(T g, T& mean, T& var, T& w, const Scalars<T>& s) {
+  const T deviation = g - mean;
+  const T d = deviation * deviation;
+  const T numerator = Ops::fma(w, d - var, s.delta);
+  const T c = clipped(Ops::divide(numerator, numerator + (d + var)), w, s);
+  w = Ops::fma(c, T(1) - w, w);
+  const T lambda = Ops::divide(c, w);
+  mean = Ops::fma(lambda, deviation, mean);
+  var = (T(1) - lambda) * Ops::fma(lambda, d, var);
+  return c;
+}
+
 // x / (sqrt(vhat + eps_inside) + eps) as numerator_scale * x / denominator, one division per use.
-template <typename T>
+template <typename Ops, typename T>
 struct Normalizer {
   T numerator_scale, denominator;
 
   MAXVA_INLINE T operator()(T x) const {
     // divided first, chosen after: a division under a condition would not vectorise
-    const T ratio = x * numerator_scale / denominator;
+    const T ratio = Ops::divide(x * numerator_scale, denominator);
     return denominator == T(0) ? T(0) : ratio;  // eps = 0: v is 0, so is x, and so is the update
   }
 };
@@ -92,13 +116,13 @@ struct Normalizer {
 // See Note [Multiplied through by w]: with ws = w * range,
 // sqrt(v/w) + eps = (sqrt(v * w * range^2) + eps * ws) / ws.
 template <bool kAmsgrad, typename Ops, typename T>
-MAXVA_INLINE Normalizer<T> normalizer(T v, T w, T vmax, const Scalars<T>& s) {
+MAXVA_INLINE Normalizer<Ops, T> normalizer(T v, T w, T vmax, const Scalars<T>& s) {
   if constexpr (kAmsgrad) {
-    return {T(1), square_root(vmax + s.eps_inside) + s.eps};
+    return {T(1), Ops::root(vmax + s.eps_inside) + s.eps};
   } else {
     const T ws = w * s.range;
     const T radicand = s.eps_inside == T(0) ? v : Ops::fma(s.eps_inside, w, v);
-    const T root = square_root(radicand * (w * s.range_squared));
+    const T root = Ops::root(radicand * (w * s.range_squared));
     return {ws, Ops::fma(s.eps, ws, root)};
   }
 }
@@ -115,7 +139,7 @@ MAXVA_INLINE void track_maximum(T v, T w, T& vmax) {
 // Moves the momentum m: of the gradient in MAdam (Alg. 1), of the normalised one in LaMAdam (Alg.
 // 2).
 template <Algorithm kAlgorithm, typename Ops, typename T>
-MAXVA_INLINE void accumulate_momentum(T g, T& m, const Normalizer<T>& normalize,
+MAXVA_INLINE void accumulate_momentum(T g, T& m, const Normalizer<Ops, T>& normalize,
                                       const Scalars<T>& s) {
   const T x = kAlgorithm == Algorithm::kMAdam ? g : normalize(g);
   m = Ops::fma(s.one_minus_alpha, x - m, m);
@@ -123,7 +147,7 @@ MAXVA_INLINE void accumulate_momentum(T g, T& m, const Normalizer<T>& normalize,
 
 // The update direction before bias correction, from states that have been moved.
 template <Algorithm kAlgorithm, typename Ops, typename T>
-MAXVA_INLINE T direction(T g, T m, const Normalizer<T>& normalize, const Scalars<T>& s) {
+MAXVA_INLINE T direction(T g, T m, const Normalizer<Ops, T>& normalize, const Scalars<T>& s) {
   const T x = kAlgorithm == Algorithm::kMAdam ? g : normalize(g);
   const T looked_ahead = s.nesterov_x == T(0) ? m : Ops::fma(s.nesterov_x, x, s.nesterov_m * m);
   return kAlgorithm == Algorithm::kMAdam ? normalize(looked_ahead) : looked_ahead;

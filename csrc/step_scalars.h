@@ -46,10 +46,11 @@ struct Scalars {
   T eta;                     // lr
 };
 
-// t: the number of updates including this one; trust: r of LAMB, 1 without.
+// t: the number of updates including this one; trust: r of LAMB, 1 without; centered: for
+// observe_centered, which needs no range.
 template <typename T>
 MAXVA_INLINE Scalars<T> make_scalars(const Hyper& h, double lr, double t, double clip_factor,
-                                     double trust) {
+                                     double trust, bool centered = false) {
   const double bias = h.bias_correction != 0 && h.alpha != 0 ? 1.0 / (1.0 - pow(h.alpha, t)) : 1.0;
   const double c_init = 1.0 - h.beta_init;
   const double lambda_decoupled = h.adam_w_mode != 0 ? h.weight_decay : 0.0;
@@ -64,7 +65,7 @@ MAXVA_INLINE Scalars<T> make_scalars(const Hyper& h, double lr, double t, double
   s.c_init = T(c_init);
   s.c_min = T(1.0 - h.beta_high);
   s.c_max = T(1.0 - h.beta_low);
-  const double range = scalbn(1.0, -ilogb(c_init) / 2);
+  const double range = centered ? 1.0 : scalbn(1.0, -ilogb(c_init) / 2);
   s.delta = T(h.delta * range * range);
   s.range = T(range);
   s.range_squared = T(range * range);

@@ -1,4 +1,5 @@
-// Stochastic rounding of bfloat16 parameters: which random bits an element gets, and what they do.
+// Stochastic rounding of bfloat16 parameters and of compact states (compact.h): which random bits
+// an element gets, and what they do.
 // Mirrored by triton_kernels/stochastic_rounding.py and maxva_kernels/rounding.py.
 #pragma once
 
@@ -14,6 +15,7 @@ struct Rounding {
   int64_t seed = 0;
   int64_t parameter = -1;  // index among all parameters of the optimizer; -1: round to the nearest
   int64_t offset = 0, inner_local = 1, inner_global = 1;  // see Note [Random bits]
+  int64_t theta = 0;  // 1: of the parameter, too; 0: of its compact states only
 };
 inline constexpr int kRoundingFields = sizeof(Rounding) / sizeof(int64_t);
 
@@ -26,7 +28,7 @@ inline constexpr int kRoundingFields = sizeof(Rounding) / sizeof(int64_t);
 struct RandomBits {
   uint32_t key0, key1, parameter, t;
   int64_t offset, inner_local, inner_global;
-  bool on;
+  bool on;        // for theta
   bool in_a_row;  // e is i + offset
 
   MAXVA_INLINE PhiloxWords words(int64_t call) const {
@@ -62,7 +64,7 @@ MAXVA_INLINE RandomBits make_random_bits(const Rounding& rounding, int64_t numel
   bits.offset = rounding.offset;
   bits.inner_local = rounding.inner_local;
   bits.inner_global = rounding.inner_global;
-  bits.on = rounding.parameter >= 0;
+  bits.on = rounding.parameter >= 0 && rounding.theta != 0;
   bits.in_a_row = rounding.inner_local == rounding.inner_global || numel <= rounding.inner_local;
   return bits;
 }

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maxva_kernels.compact import MAXIMUM_DTYPE, num_blocks
+from maxva_kernels.compact import MAXIMUM_DTYPE, num_blocks, same_layout
 
 
 class Phase(enum.IntEnum):
@@ -118,6 +118,11 @@ def _check_packed(batch: Batch) -> None:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
                     f"its parameter needs {shape}, {dtype} on {theta.device}"
+                )
+            if name != "maxva_scale" and not same_layout(tensor, theta):
+                raise ValueError(
+                    f"{name} has strides {tensor.stride()}, its parameter {theta.stride()}; "
+                    f"blocks are of memory, so the layouts must agree"
                 )
 
 

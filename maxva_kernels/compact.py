@@ -12,7 +12,7 @@ them, the root of vmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -201,12 +201,12 @@ def pack(moments: Moments, algorithm: str, like: Tensor, words: Tensor | None) -
     r = moments.m
     if divisor is not None:
         r = torch.where(divisor == 0, 0.0, moments.m / divisor)
-    flat = [_in_rows(_laid_out(x, like)) for x in (r, mean, sd, fold(moments.w))]
+    r, mean, sd, x = (_in_rows(_laid_out(y, like)) for y in (r, mean, sd, fold(moments.w)))
     root = None if moments.root is None else _in_rows(_laid_out(moments.root, like))
     if words is not None:
-        words = words.view_as(flat[X])
+        words = words.view_as(x)
     encode = _encode_int8 if like.dtype == torch.int32 else _encode_bfloat16
-    packed, scale, maximum = encode(*flat, root, words)
+    packed, scale, maximum = encode(r, mean, sd, x, root, words)
     return Packed(
         _in_layout(packed, like), scale, None if maximum is None else _in_layout(maximum, like)
     )
@@ -216,7 +216,7 @@ def unpack(stored: Packed, algorithm: str) -> Moments:
     """Decodes states; the inverse of `pack` but for its rounding. float32, in their layout."""
     like = stored.packed
     packed = _in_rows(like)
-    maximum = None if stored.maximum is None else _in_rows(stored.maximum)
+    maximum = None if stored.maximum is None else _in_rows(_laid_out(stored.maximum, like))
     if stored.scale is None:
         slots, root = _decode_bfloat16(packed, maximum)
     else:
@@ -225,6 +225,23 @@ def unpack(stored: Packed, algorithm: str) -> Moments:
     divisor = unit(algorithm, mean, sd)
     m = r if divisor is None else r * divisor
     return Moments(m, mean, sd, unfold(x), None if root is None else _in_layout(root, like))
+
+
+def holds_nonfinite(stored: Packed) -> bool:
+    """Whether any code of a state stands for NaN or inf."""
+    packed, maximum = stored.packed, stored.maximum
+    if stored.scale is not None:
+        codes = [packed >> 8 * SD & 0xFF, *([] if maximum is None else [maximum])]
+        return any(bool((code == NAN_CODE).any()) for code in codes)
+    slots = [packed >> 16 * k & 0x7F80 for k in range(4)]
+    found = any(bool((slot == 0x7F80).any()) for slot in slots)
+    return found or (maximum is not None and not maximum.isfinite().all())
+
+
+def used_exponents(scale: Tensor, has_maximum: bool) -> Tensor:
+    """[slots, size(0), blocks]: the biased exponents that decoding reads."""
+    used = (R, MEAN, SD, *((ROOT,) if has_maximum else ()))
+    return torch.stack([scale >> 8 * k & 0xFF for k in used])
 
 
 def _encode_int8(
@@ -299,6 +316,25 @@ def _word(codes: list[Tensor], bits: int) -> Tensor:
     return word
 
 
+def rows_are_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory, and its rows of dimension 0 lie one after the other."""
+    if 0 in shape:
+        return True
+    expected = 1
+    dims = [(step, size) for step, size in zip(stride, shape, strict=True) if size > 1]
+    for step, size in sorted(dims):
+        if step != expected:
+            return False
+        expected *= size
+    return shape[0] == 1 or stride[0] * shape[0] == expected
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same places."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(x == y for size, x, y in strides if size > 1)
+
+
 def _in_rows(x: Tensor) -> Tensor:
     """[size(0), row]: the elements of a dense tensor in memory order, sharing its memory."""
     row = x.shape[1:].numel()
@@ -306,7 +342,7 @@ def _in_rows(x: Tensor) -> Tensor:
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(like, dtype=x.dtype).copy_(x) if x.stride() != like.stride() else x
+    return x if same_layout(x, like) else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def _in_layout(rows: Tensor, like: Tensor) -> Tensor:

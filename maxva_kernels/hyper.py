@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-#: Options whose turn has not come, with the only value accepted so far.
-NOT_YET: dict[str, Any] = {
-    "state_dtype": "float32",
-    "fp32_state_below": 4096,
-}
+from maxva_kernels.compact import WORD_DTYPE
+
+#: How states may be stored.
+STATE_DTYPES = ("float32", *WORD_DTYPE)
 
 #: Options that concern the whole optimizer: groups must agree on them.
 SHARED = ("max_grad_norm", "skip_nonfinite")
@@ -67,7 +66,6 @@ def hyper_row(group: dict[str, Any]) -> tuple[float, ...]:
     Raises:
         ValueError: a value is NaN or outside its range; the message names it.
         TypeError: a tensor where only lr may be one.
-        NotImplementedError: an option whose turn has not come.
     """
     betas = group["betas"]
     betas = tuple(betas) if isinstance(betas, (tuple, list)) else (betas,)
@@ -87,7 +85,8 @@ _CHECKED = (
     "master_weights",
     "stochastic_rounding",
     "rounding_seed",
-    *NOT_YET,
+    "state_dtype",
+    "fp32_state_below",
 )
 
 
@@ -99,9 +98,6 @@ def _checked_row(*values: Any, betas: tuple[Any, ...]) -> tuple[float, ...]:
         if isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a Python number; of the hyper-parameters only lr may "
                             f"be a tensor")  # fmt: skip
-    for name, only in NOT_YET.items():
-        if group[name] != only:
-            raise NotImplementedError(f"{name}={group[name]!r} is not supported yet; use {only!r}")
     _require(len(betas) == 2, "betas", betas, "two numbers (alpha, beta_high)")
     alpha, beta_high = betas
     beta_low, beta_init = group["beta_min"], group["beta_init"]
@@ -123,6 +119,14 @@ def _checked_row(*values: Any, betas: tuple[Any, ...]) -> tuple[float, ...]:
     seed = group["rounding_seed"]
     _require(
         isinstance(seed, int) and 0 <= seed < 2**63, "rounding_seed", seed, "an int in [0, 2^63)"
+    )
+    state_dtype, below = group["state_dtype"], group["fp32_state_below"]
+    _require(state_dtype in STATE_DTYPES, "state_dtype", state_dtype, f"one of {STATE_DTYPES}")
+    _require(
+        isinstance(below, int) and not isinstance(below, bool) and below >= 0,
+        "fp32_state_below",
+        below,
+        "an int >= 0, of elements",
     )
     if group["stochastic_rounding"] and group["master_weights"]:
         raise ValueError(

@@ -24,10 +24,25 @@ from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
 from maxva_kernels.sharding import NormGroup, Sharding
-from maxva_kernels.state import Shield, new_state, placed, shielded
+from maxva_kernels.state import (
+    PACKED,
+    PACKED_MAXIMUM,
+    SCALE,
+    Shield,
+    completed,
+    has_moments,
+    in_form,
+    is_complete,
+    memory,
+    placed,
+    shielded,
+    word_dtype,
+)
 from maxva_kernels.statistics import StepStatistics
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+#: Group keys that a loaded state dict does not bring along.
+_KEPT = ("state_dtype", "fp32_state_below")
 _DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
 
 
@@ -176,10 +191,15 @@ class MaxVA(Optimizer):
         are kept; parameters without state are legal. A tensor lr moves to its group's device. An
         inf or NaN in a loaded state gives a warning.
 
+        state_dtype and fp32_state_below stay this optimizer's own: they say how it keeps states,
+        not what it computes. Loaded states of another form are converted, to the nearest code: the
+        loss is at most that of one rounding (docs/algorithm.md, "Compact states"), none where the
+        form is the same.
+
         Raises:
             ValueError: groups of other sizes or with values out of range, or a parameter's state
-                with keys missing or of another shape, as another optimizer's or another model's.
-                Nothing has changed then.
+                with keys missing, or of another shape or form, as another optimizer's or another
+                model's. Nothing has changed then.
         """
         # torch rounds every state to its parameter's dtype; what is no tensor passes through. The
         # last pre-hook sees what the user's own hooks have made of the dict.
@@ -204,6 +224,12 @@ class MaxVA(Optimizer):
                     values[key] = placed(p, key, value.tensor)
                 elif key == "step" and not isinstance(value, Tensor):
                     values[key] = torch.tensor(float(value), dtype=torch.float32, device=p.device)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    values = self.state.get(p)
+                    if values:
+                        self.state[p] = in_form(p, values, word_dtype(p, group), self.algorithm)
 
     def _check_loaded(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Pre-hook of load_state_dict: refuses what does not fit, before anything has changed."""
@@ -212,13 +238,17 @@ class MaxVA(Optimizer):
             len(group["params"]) for group in self.param_groups
         ]:
             return state_dict  # torch refuses it in its own words
+        saved = [
+            {**group, **{key: own[key] for key in _KEPT}}
+            for group, own in zip(saved, self.param_groups, strict=True)
+        ]
         merged = [
             {**self.defaults, **group, "params": own["params"]}
             for group, own in zip(saved, self.param_groups, strict=True)
         ]
         for group in merged:
             _check_options(group, merged[0])
-        return shielded(self, state_dict)
+        return shielded(self, {**state_dict, "param_groups": saved})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _check_options(group, self.param_groups[0])
@@ -268,16 +298,30 @@ class MaxVA(Optimizer):
         parameters as well: torch.distributed.checkpoint takes an optimizer that has any state for
         one that has all of it.
         """
-        missing: list[tuple[Tensor, dict[str, Tensor]]] = []
+        complete: list[tuple[Tensor, dict[str, Any]]] = []
+        makes_master = False
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
                     has_master = group["master_weights"] and p.dtype in _LOW_PRECISION
                     known = self.state.get(p, {})
-                    missing.append((p, new_state(p, known, group["amsgrad"], has_master)))
-        if any("master_param" in new for _, new in missing):
-            for p, new in missing:
-                self.state[p].update(new)
+                    makes_master |= has_master and "master_param" not in known
+                    compact = word_dtype(p, group)
+                    complete.append((p, completed(
+                        p, known, compact, group["amsgrad"], has_master, self.algorithm
+                    )))  # fmt: skip
+        if makes_master:
+            for p, state in complete:
+                self.state[p] = state
+
+    def state_memory(self) -> dict[str, int]:
+        """Bytes that the states made so far take on this rank.
+
+        Returns:
+            `states` (moments, as float32 tensors or codes), `scales` (of int8's blocks),
+            `master_weights`, `other` (step counters, and what others keep in a state), `total`.
+        """
+        return memory([self.state[p] for p in self.state if isinstance(p, Tensor)])
 
     def stats(self) -> list[dict[str, float]]:
         """Telemetry of the last step that was not skipped, for groups with collect_stats=True.
@@ -339,9 +383,9 @@ class MaxVA(Optimizer):
     def _step(self) -> None:
         rows = self._check()
         sharding = Sharding(self.param_groups, self._norm_group)
-        created: list[tuple[Tensor, dict[str, Any]]] = []
+        replaced: list[tuple[Tensor, dict[str, Any]]] = []
         try:
-            batches = self._collect(rows, created)
+            batches = self._collect(rows, replaced)
             statistics = None
             if any(self._collecting()):
                 statistics = self._statistics = self._statistics or StepStatistics()
@@ -349,8 +393,8 @@ class MaxVA(Optimizer):
                 count = sum(len(group["params"]) for group in self.param_groups)
                 statistics.attach(batches, count, capturing)
             sharding.localize(batches, isinstance(getattr(self, "grad_scale", None), Tensor))
-            if (created or sharding.spans_ranks) and self._observes_nothing(
-                batches, created, sharding
+            if (replaced or sharding.spans_ranks) and self._observes_nothing(
+                batches, replaced, sharding
             ):
                 return
             if len(batches) > 1:
@@ -359,10 +403,10 @@ class MaxVA(Optimizer):
             controls = self._write_controls(batches, sharding)
             counted = self._update(batches, controls, sharding)
         except Exception:
-            for p, new in created:
-                for key in new:
-                    del self.state[p][key]
-                if not self.state[p]:
+            for p, before in replaced:
+                if before:
+                    self.state[p] = before
+                else:
                     del self.state[p]
             raise
         self._count_groups(controls, counted)
@@ -391,9 +435,13 @@ class MaxVA(Optimizer):
         return rows
 
     def _collect(
-        self, rows: list[tuple[float, ...]], created: list[tuple[Tensor, dict[str, Any]]]
+        self, rows: list[tuple[float, ...]], replaced: list[tuple[Tensor, dict[str, Any]]]
     ) -> list[Batch]:
-        """Sorts all tensors into batches; creates missing states and lists them in `created`."""
+        """Sorts all tensors into batches.
+
+        Where a state is missing or of another form than its group's, makes a new one and lists
+        the old one in `replaced`.
+        """
         batches: dict[tuple[Any, ...], Batch] = {}
         rounds = any(group["stochastic_rounding"] for group in self.param_groups)
         collects = any(self._collecting())
@@ -401,50 +449,58 @@ class MaxVA(Optimizer):
         for k, (row, group) in enumerate(zip(rows, self.param_groups, strict=True)):
             start, end = end, end + len(group["params"])
             amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
-            batch, kind = Batch(torch.device("meta")), None
+            begun: dict[tuple[Any, ...], Batch] = {}
             if group["params"]:
                 self._place_group_step(group, group["params"][0].device)
+            is_float32 = group["state_dtype"] == "float32"
             for parameter, p in enumerate(group["params"], start):
                 g = p.grad
                 if g is None:
                     continue
                 has_master = group["master_weights"] and p.dtype in _LOW_PRECISION
-                if kind != (p.device, has_master):
-                    kind = p.device, has_master
-                    batch = batches.setdefault(
+                compact = None if is_float32 else word_dtype(p, group)
+                kind = p.device, has_master, compact
+                batch = begun.get(kind)
+                if batch is None:
+                    batch = begun[kind] = batches.setdefault(
                         (*kind, amsgrad, trust_ratio), Batch(p.device, trust_ratio)
                     )
                     self._begin_group(batch, k, row)
                 state = self.state[p]
-                if (
-                    "maxva_weight" not in state
-                    or (has_master and "master_param" not in state)
-                    or (amsgrad and "max_exp_avg_sq" not in state)
-                ):
+                if not is_complete(p, state, compact, amsgrad, has_master):
                     if _is_capturing(p.device):
                         raise RuntimeError(
-                            "a parameter has no state yet while a CUDA graph is being captured; "
-                            "every replay would reset it. Run a step before the capture"
+                            "a parameter has no state yet, or one of another state_dtype, while a "
+                            "CUDA graph is being captured; every replay would reset it. Run a step "
+                            "before the capture"
                         )
-                    new = new_state(p, state, amsgrad, has_master)
-                    created.append((p, new))
-                    state.update(new)
+                    replaced.append((p, state))
+                    state = completed(p, state, compact, amsgrad, has_master, self.algorithm)
+                    self.state[p] = state
                 batch.theta.append(p)
                 batch.g.append(g)
-                batch.m.append(state["exp_avg"])
-                batch.u.append(state["maxva_avg"])
-                batch.v.append(state["exp_avg_sq"])
-                batch.w.append(state["maxva_weight"])
+                if compact is None:
+                    batch.m.append(state["exp_avg"])
+                    batch.u.append(state["maxva_avg"])
+                    batch.v.append(state["exp_avg_sq"])
+                    batch.w.append(state["maxva_weight"])
+                    if amsgrad:
+                        batch.vmax.append(state["max_exp_avg_sq"])
+                else:
+                    batch.packed.append(state[PACKED])
+                    if compact == torch.int32:
+                        batch.scale.append(state[SCALE])
+                    if amsgrad:
+                        batch.maximum.append(state[PACKED_MAXIMUM])
                 batch.step.append(state["step"])
                 batch.group_sizes[-1] += 1
-                if amsgrad:
-                    batch.vmax.append(state["max_exp_avg_sq"])
                 if has_master:
                     batch.master.append(state["master_param"])
                 if collects:
                     batch.parameters.append(parameter)
-                if rounds:
-                    batch.rounding.extend(rounding.row(group, p, parameter, False))
+                if rounds or compact is not None:
+                    is_compact = compact is not None
+                    batch.rounding.extend(rounding.row(group, p, parameter, is_compact))
         for batch in batches.values():
             if batch.device.type != "cpu" and any(step.is_cpu for step in batch.step):
                 self._place_steps(batch)
@@ -478,7 +534,7 @@ class MaxVA(Optimizer):
     def _observes_nothing(
         self,
         batches: list[Batch],
-        created: list[tuple[Tensor, dict[str, Any]]],
+        replaced: list[tuple[Tensor, dict[str, Any]]],
         sharding: Sharding,
     ) -> bool:
         """Whether this is the initialising step of torch.distributed.checkpoint.
@@ -492,8 +548,8 @@ class MaxVA(Optimizer):
                 return False
         if any(_is_capturing(batch.device) for batch in batches):
             return False
-        fresh = sum("maxva_weight" in new for _, new in created)
-        known = sum("maxva_weight" in self.state[p] for p in self.state if isinstance(p, Tensor))
+        fresh = sum(not has_moments(before) for _, before in replaced)
+        known = sum(has_moments(self.state[p]) for p in self.state if isinstance(p, Tensor))
         observes = fresh < known or any(
             torch.stack([g.any() for g in _gradients_on(device, batches)]).any()
             for device in {batch.device for batch in batches}
@@ -638,8 +694,16 @@ class FusedMAdam(MaxVA):
             same on every backend, thread count and sharding, and after resuming (but not where an
             engine gives every rank an optimizer of its own, as ZeroRedundancyOptimizer does).
         rounding_seed: in [0, 2^63).
-        state_dtype, fp32_state_below: reserved; other values than the default raise
-            NotImplementedError.
+        state_dtype: how states are stored: "float32" (16 bytes per parameter), "bfloat16" (8) or
+            "int8" (4.03). The compact ones keep the momentum, the mean u/w, the standard deviation
+            and w in codes that are rounded stochastically with the random bits described above,
+            "int8" with scales per block of 128 elements. Computed is in float32, in the same one
+            pass. docs/algorithm.md, "Compact states", has codes and errors. A group key that may be
+            changed between steps; a loaded state dict does not change it.
+        fp32_state_below: parameters of fewer elements (over all ranks) keep float32 states, as do
+            those of one dimension, of rows (numel / size(0)) shorter than 128, of a layout in which
+            dimension 0 is not outermost, and DTensors sharded so that a block would be cut. float64
+            parameters keep float64 states.
         norm_process_group: a torch.distributed.ProcessGroup over whose ranks the parameters are
             divided without DTensor, every element on exactly one of them: whole parameters
             (ZeroRedundancyOptimizer, pipeline stages) or flat shards. max_grad_norm,
@@ -655,7 +719,6 @@ class FusedMAdam(MaxVA):
         ValueError: a value outside its range, or an empty parameter list.
         TypeError: a parameter of another dtype, or a norm_process_group that is none or that this
             rank does not belong to.
-        NotImplementedError: an option whose turn has not come.
         RuntimeError: the backend asked for is not available here.
     """
 

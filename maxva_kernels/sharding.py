@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maxva_kernels.batch import Batch, Statistic
+from maxva_kernels.compact import BLOCK, num_blocks, rows_are_dense
 from maxva_kernels.hyper import describe
 
 #: Fields of a Batch that are divided as their parameter is, with the names users know.
@@ -28,6 +29,9 @@ _LIKE_PARAMETER = {
     "v": "exp_avg_sq",
     "w": "maxva_weight",
     "vmax": "max_exp_avg_sq",
+    "packed": "maxva_packed",
+    "scale": "maxva_scale",
+    "maximum": "maxva_packed_max",
     "master": "master_param",
 }
 
@@ -434,6 +438,65 @@ def linear_index(p: Tensor) -> tuple[int, int, int]:
     return _linear_index(
         _Division(division.device_mesh, division.placements, tuple(p.shape)), tuple(local(p).shape)
     )
+
+
+def holds_whole_blocks(p: Tensor) -> bool:
+    """Whether p's rows can be cut into blocks that lie on one rank each, whatever the rank.
+
+    Rows of dimension 0, dense in memory one after the other and of a block at least; of a DTensor
+    that is sharded in dimension 0, or in dimension 1 in equal pieces of whole blocks. Depends on
+    what all ranks know alone.
+    """
+    division = None
+    if is_dtensor(p):
+        sharded: Any = p
+        division = sharded.device_mesh, sharded.placements
+    return _holds_whole_blocks(tuple(p.shape), p.stride(), division)
+
+
+@functools.lru_cache(maxsize=65536)  # asked for in every step
+def _holds_whole_blocks(
+    shape: tuple[int, ...], stride: tuple[int, ...], division: tuple[Any, Any] | None
+) -> bool:
+    if len(shape) < 2 or math.prod(shape[1:]) < BLOCK or not rows_are_dense(shape, stride):
+        return False
+    if division is None:
+        return True
+    mesh, placements = division
+    pieces = 1
+    for dim, placement in enumerate(placements):
+        if placement.is_replicate() or mesh.size(dim) == 1:
+            continue
+        if placement.is_partial() or placement.dim > 1:
+            return False
+        if placement.dim == 1:
+            pieces *= mesh.size(dim)
+    if pieces == 1:
+        return True
+    # of another layout, a piece of dimension 1 is no range of a row's memory
+    inner = math.prod(shape[2:])
+    is_contiguous = stride[1] == inner and rows_are_dense(shape[1:], stride[1:])
+    return is_contiguous and shape[1] % pieces == 0 and shape[1] // pieces * inner % BLOCK == 0
+
+
+def zeros_per_block(p: Tensor) -> Tensor:
+    """int32 zeros [size(0), blocks of a row], divided over ranks as p is."""
+    part = local(p)
+    zeros = part.new_zeros(part.shape[0], num_blocks(part.shape[1:].numel()), dtype=torch.int32)
+    if not is_dtensor(p):
+        return zeros
+    cls, sharded = _dtensor(), p
+    assert cls is not None
+    blocks = num_blocks(p.shape[1:].numel())
+    whole: Tensor = cls.from_local(
+        zeros,
+        sharded.device_mesh,  # type: ignore[attr-defined]
+        sharded.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=torch.Size((p.shape[0], blocks)),
+        stride=(blocks, 1),
+    )
+    return whole
 
 
 class _Division(NamedTuple):

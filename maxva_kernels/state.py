@@ -1,4 +1,7 @@
-"""A parameter's state: made for the first step, checked and placed when it is loaded."""
+"""A parameter's state: made for the first step, converted, checked and placed when loaded.
+
+It has one of two forms: float32 tensors (float64 for float64 parameters), or compact.py's words.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,189 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from maxva_kernels.compact import (
+    MAXIMUM_DTYPE,
+    WORD_DTYPE,
+    Moments,
+    Packed,
+    holds_nonfinite,
+    num_blocks,
+    pack,
+    rows_are_dense,
+    same_layout,
+    unpack,
+    used_exponents,
+)
 from maxva_kernels.hyper import describe
-from maxva_kernels.sharding import check_placement, local
+from maxva_kernels.sharding import (
+    check_placement,
+    holds_whole_blocks,
+    local,
+    zeros_per_block,
+)
 
-#: Keys of a parameter's state that every step needs, beside its counter.
+#: Keys of a parameter's float32 state that every step needs, beside its counter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight")
+MAXIMUM = "max_exp_avg_sq"
+#: Keys of a compact state.
+PACKED, SCALE, PACKED_MAXIMUM = "maxva_packed", "maxva_scale", "maxva_packed_max"
+COMPACT = (PACKED, SCALE, PACKED_MAXIMUM)
 
 
-def new_state(
-    p: Tensor, state: dict[str, Any], amsgrad: bool, has_master: bool
-) -> dict[str, Tensor]:
-    """What `state` lacks for a step of p: zeros in p's layout, float32 or float64."""
-    keys = [*MOMENTS, *(["max_exp_avg_sq"] if amsgrad else [])]
-    new = {
-        key: torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
-        for key in keys
-        if key not in state
-    }
-    if "step" not in state:
+def word_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype | None:
+    """Which compact form p's state is to have: a value of WORD_DTYPE; None for float32.
+
+    Compact are the states of parameters of two dimensions or more with fp32_state_below elements
+    or more, counted over all ranks, whose rows hold whole blocks; not of float64 ones.
+    """
+    dtype = WORD_DTYPE.get(group["state_dtype"])
+    if (
+        dtype is None
+        or p.dtype == torch.float64
+        or p.numel() < group["fp32_state_below"]
+        or not holds_whole_blocks(p)
+    ):
+        return None
+    return dtype
+
+
+def has_moments(state: dict[str, Any]) -> bool:
+    """Whether a step or a load has made this state, in whichever form."""
+    return "maxva_weight" in state or PACKED in state
+
+
+def is_complete(
+    p: Tensor,
+    state: dict[str, Any],
+    compact: torch.dtype | None,
+    amsgrad: bool,
+    has_master: bool,
+) -> bool:
+    """Whether p can make a step with this state, in the form `compact` (word_dtype)."""
+    if compact is None:
+        if "maxva_weight" not in state or (amsgrad and MAXIMUM not in state):
+            return False
+    elif not _has_form(p, state, compact) or (amsgrad and PACKED_MAXIMUM not in state):
+        return False
+    return not has_master or "master_param" in state
+
+
+def _has_form(p: Tensor, state: dict[str, Any], compact: torch.dtype) -> bool:
+    packed = state.get(PACKED)
+    # blocks are of memory, so the layout counts
+    return packed is not None and packed.dtype == compact and same_layout(packed, p)
+
+
+def completed(
+    p: Tensor,
+    state: dict[str, Any],
+    compact: torch.dtype | None,
+    amsgrad: bool,
+    has_master: bool,
+    algorithm: str,
+) -> dict[str, Any]:
+    """A state for a step of p: `state`, converted to the form `compact`, and zeros it lacks.
+
+    Shares tensors with `state` and does not change it.
+    """
+    new = in_form(p, state, compact, algorithm)
+    if compact is None:
+        for key in (*MOMENTS, *((MAXIMUM,) if amsgrad else ())):
+            if key not in new:
+                new[key] = _zeros(p, state_dtype(p))
+    else:
+        if PACKED not in new:
+            new[PACKED] = _zeros(p, compact)
+        if compact == torch.int32 and SCALE not in new:
+            new[SCALE] = zeros_per_block(p)
+        if amsgrad and PACKED_MAXIMUM not in new:
+            new[PACKED_MAXIMUM] = _zeros(p, MAXIMUM_DTYPE[compact])
+    if "step" not in new:
         new["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-    if has_master and "master_param" not in state:
+    if has_master and "master_param" not in new:
         new["master_param"] = new_master(p)
     return new
 
 
+def _zeros(p: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
 def state_dtype(p: Tensor) -> torch.dtype:
-    """The precision of p's states and of its update."""
+    """The precision of p's update, and of its states where they are not compact."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def in_form(
+    p: Tensor, state: dict[str, Any], compact: torch.dtype | None, algorithm: str
+) -> dict[str, Any]:
+    """A copy of a dict of p's state, with the moments in the form `compact` (word_dtype).
+
+    To the nearest code, so with the error of one; from codes to float32, u = mean w and
+    v = (mean^2 + sd^2) w are rounded to float32. What has that form already stays as it is.
+    """
+    if not has_moments(state) or (
+        PACKED not in state if compact is None else _has_form(p, state, compact)
+    ):
+        return dict(state)
+    moments = _moments(state, algorithm)
+    new = {key: state[key] for key in state if key not in (*MOMENTS, MAXIMUM, *COMPACT)}
+
+    def fill(key: str, tensor: Tensor, value: Tensor) -> None:
+        local(tensor).copy_(value)
+        new[key] = tensor
+
+    if compact is None:
+        mean, w = moments.mean.double(), moments.w.double()
+        dtype = state_dtype(p)
+        fill("exp_avg", _zeros(p, dtype), moments.m)
+        fill("exp_avg_sq", _zeros(p, dtype), (mean.square() + moments.sd.double().square()) * w)
+        fill("maxva_avg", _zeros(p, dtype), mean * w)
+        fill("maxva_weight", _zeros(p, dtype), moments.w)
+        if moments.root is not None:
+            fill(MAXIMUM, _zeros(p, dtype), moments.root.double().square())
+        return new
+    packed = _zeros(p, compact)
+    coded = pack(moments, algorithm, local(packed), None)
+    fill(PACKED, packed, coded.packed)
+    if coded.scale is not None:
+        fill(SCALE, zeros_per_block(p), coded.scale)
+    if coded.maximum is not None:
+        fill(PACKED_MAXIMUM, _zeros(p, coded.maximum.dtype), coded.maximum)
+    return new
+
+
+def _moments(state: dict[str, Any], algorithm: str) -> Moments:
+    """This rank's part of a state, decoded."""
+    if PACKED in state:
+        return unpack(_packed(state), algorithm)
+    m, v, u, w = (local(state[key]).double() for key in MOMENTS)
+    divisor = torch.where(w == 0, 1.0, w)
+    mean = u / divisor
+    sd = (v / divisor - mean.square()).clamp(min=0).sqrt()
+    root = local(state[MAXIMUM]).double().sqrt().float() if MAXIMUM in state else None
+    return Moments(m.float(), mean.float(), sd.float(), w.float(), root)
+
+
+def _packed(state: dict[str, Any]) -> Packed:
+    parts = (local(state[key]) if key in state else None for key in COMPACT)
+    return Packed(*parts)  # type: ignore[arg-type]
+
+
+def memory(states: list[dict[str, Any]]) -> dict[str, int]:
+    """What MaxVA.state_memory returns."""
+    kinds = {
+        **dict.fromkeys((*MOMENTS, MAXIMUM, PACKED, PACKED_MAXIMUM), "states"),
+        SCALE: "scales",
+        "master_param": "master_weights",
+    }
+    found = dict.fromkeys(("states", "scales", "master_weights", "other"), 0)
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                part = local(value)
+                found[kinds.get(key, "other")] += part.numel() * part.element_size()
+    return {**found, "total": sum(found.values())}
 
 
 class Shield:
@@ -66,7 +225,9 @@ def shielded(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 
 
 def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
-    missing = [key for key in ("step", *MOMENTS) if key not in values]
+    is_packed = PACKED in values
+    needed = (PACKED,) if is_packed else MOMENTS
+    missing = [key for key in ("step", *needed) if key not in values]
     if values and missing:
         raise ValueError(
             f"{described}: the loaded state lacks {', '.join(missing)}; it is of another "
@@ -74,8 +235,10 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
         )
     for key, value in values.items():
         if not isinstance(value, Tensor):
-            if key in MOMENTS:
+            if key in (*MOMENTS, *COMPACT):
                 raise ValueError(f"{described}: the loaded {key} is no tensor but {value!r}")
+            continue
+        if key == SCALE:
             continue
         if value.shape != p.shape and (key != "step" or value.numel() != 1):
             raise ValueError(
@@ -85,16 +248,78 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
         if key == "step":
             continue
         check_placement(described, p, f"the loaded {key}", value)
-        if not local(value).isfinite().all():
-            kind = "NaN" if local(value).isnan().any() else "inf"
-            # at the caller of load_state_dict, in torch 2.13
-            warnings.warn(f"{described}: the loaded {key} holds {kind}", stacklevel=8)
+        if key not in COMPACT and not local(value).isfinite().all():
+            _warn_nonfinite(described, key, "NaN" if local(value).isnan().any() else "inf")
+    if is_packed:
+        _check_compact(described, p, values)
+        if holds_nonfinite(_packed(values)):
+            _warn_nonfinite(described, PACKED, "NaN or inf")
+
+
+def _warn_nonfinite(described: str, key: str, kind: str) -> None:
+    # at the caller of load_state_dict, in torch 2.13
+    warnings.warn(f"{described}: the loaded {key} holds {kind}", stacklevel=9)
+
+
+def _check_compact(described: str, p: Tensor, values: dict[str, Any]) -> None:
+    """Refuses a compact state that does not fit p or cannot be decoded."""
+    packed = values[PACKED]
+    if both := [key for key in (*MOMENTS, MAXIMUM) if key in values]:
+        raise ValueError(
+            f"{described}: the loaded state holds {PACKED} and {', '.join(both)}; it must have one "
+            f"form, compact or float32"
+        )
+    if packed.dtype not in MAXIMUM_DTYPE:
+        raise ValueError(
+            f"{described}: the loaded {PACKED} is {packed.dtype}; it must be int32 "
+            f"(state_dtype='int8') or int64 ('bfloat16')"
+        )
+    if p.dim() < 2 or not rows_are_dense(packed.shape, packed.stride()):
+        raise ValueError(
+            f"{described}: the loaded {PACKED} of strides {packed.stride()} cannot be compact; "
+            f"that takes two dimensions, dense in memory with dimension 0 outermost"
+        )
+    maximum = values.get(PACKED_MAXIMUM)
+    if maximum is not None and maximum.dtype != MAXIMUM_DTYPE[packed.dtype]:
+        raise ValueError(
+            f"{described}: the loaded {PACKED_MAXIMUM} is {maximum.dtype}; with {PACKED} in "
+            f"{packed.dtype} it must be {MAXIMUM_DTYPE[packed.dtype]}"
+        )
+    if (SCALE in values) != (packed.dtype == torch.int32):
+        raise ValueError(
+            f"{described}: the loaded state has {PACKED} in {packed.dtype} and "
+            f"{'a' if SCALE in values else 'no'} {SCALE}; int32 words have one, int64 words none"
+        )
+    if SCALE in values:
+        _check_scale(described, p, values)
+
+
+def _check_scale(described: str, p: Tensor, values: dict[str, Any]) -> None:
+    scale = values[SCALE]
+    check_placement(described, p, f"the loaded {SCALE}", scale)
+    part = local(values[PACKED])
+    for held, of in ((scale, p), (local(scale), part)):
+        needed = of.shape[0], num_blocks(of.shape[1:].numel())
+        if tuple(held.shape) != needed or held.dtype != torch.int32:
+            raise ValueError(
+                f"{described}: the loaded {SCALE} has shape {tuple(held.shape)} and {held.dtype}; "
+                f"blocks of 128 elements of a row need {needed} and torch.int32, so it is of "
+                f"another block size or model"
+            )
+    if (used_exponents(local(scale), PACKED_MAXIMUM in values) == 255).any():
+        raise ValueError(
+            f"{described}: the loaded {SCALE} holds a scale that is not finite (byte 255); the "
+            f"checkpoint is damaged"
+        )
 
 
 def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
-    """Puts a loaded state on p's device and in the precision that states of p have."""
+    """Puts a loaded state on p's device and in the precision that it has there."""
     if key == "step":
         return value.to(dtype=torch.float32, device=p.device).reshape(())
+    if key in COMPACT:
+        value = value.to(device=p.device)
+        return value.contiguous() if key == SCALE else value
     return value.to(dtype=state_dtype(p), device=p.device)
 
 
