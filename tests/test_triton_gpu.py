@@ -154,7 +154,7 @@ def test_shards_of_columns_have_the_bits_of_the_cpu_kernel(columns: tuple[int, i
         update_(
             [theta], [torch.zeros_like(theta)], *states, [], [],
             [torch.tensor(6.0, device=device)], [], [1], hyper, [None], None, None, None, None,
-            [2**63 - 5, 3, 2**35 + 2, *columns], "madam", 0,
+            [2**63 - 5, 3, 2**35 + 2, *columns, 1], "madam", 0,
         )  # fmt: skip
         moved.append(theta.cpu())
     assert torch.equal(*moved)

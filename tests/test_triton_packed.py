@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compact_exactness import check_compact_step, compact_problem
 from exactness import in_layout, outside, same_bits
 from interpreted import interpreted
 from torch import Tensor
@@ -349,6 +350,30 @@ def check_step(
     if batch.statistics is not None:
         torch.testing.assert_close(ours.statistics, theirs.statistics, rtol=1e-4, atol=1e-4)
     return ours
+
+
+#: Options of optimizers.
+JUDGED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "clipped_amsgrad_nesterov": {
+        "max_grad_norm": 0.5, "amsgrad": True, "nesterov": True, "weight_decay": 0.1,
+    },
+    "lamb_bf16_stochastic": {
+        "trust_ratio": True, "weight_decay": 0.01, "dtype": torch.bfloat16,
+        "stochastic_rounding": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("options", JUDGED.values(), ids=JUDGED)
+@interpreted
+def test_step_by_the_rule(options: dict[str, Any], word: str, algorithm: str) -> None:
+    """Through the optimizer."""
+    for history in (0, 3):
+        problem = compact_problem(algorithm, word, [(3, 130)], history=history, **options)
+        check_compact_step(problem, "triton")
 
 
 #: Options of hyper() and make_batch().
