@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -64,17 +65,27 @@ def _load() -> None:
     _register_fakes()
 
 
+def _check_devices(theta: list[torch.Tensor], lists: dict[str, Any]) -> None:
+    # torch picks the fake wherever one tensor is on "meta", beside real ones too
+    for name, tensors in lists.items():
+        for i, tensor in enumerate((*theta, *tensors)):
+            if tensor.device != theta[0].device:
+                raise ValueError(
+                    f"maxva: tensor {i % max(len(theta), 1)} of theta or {name} is on "
+                    f"{tensor.device}, parameter 0 is on {theta[0].device}"
+                )
+
+
 def _register_fakes() -> None:
     @torch.library.register_fake("maxva::update_")
     def _(theta: list[torch.Tensor], *args: object) -> None:
-        # torch picks the fake wherever one tensor is on "meta", beside real ones too
-        for name, tensors in zip(("g", *"muvw", "vmax", "master", "step"), args, strict=False):
-            for i, tensor in enumerate((*theta, *tensors)):  # type: ignore[misc]
-                if tensor.device != theta[0].device:
-                    raise ValueError(
-                        f"maxva: tensor {i % max(len(theta), 1)} of theta or {name} is on "
-                        f"{tensor.device}, parameter 0 is on {theta[0].device}"
-                    )
+        names = "g", *"muvw", "vmax", "master", "step"
+        _check_devices(theta, dict(zip(names, args, strict=False)))
+
+    @torch.library.register_fake("maxva::update_packed_")
+    def _(theta: list[torch.Tensor], *args: object) -> None:
+        names = "g", "packed", "scale", "maximum", "master", "step"
+        _check_devices(theta, dict(zip(names, args, strict=False)))
 
     @torch.library.register_fake("maxva::write_control_")
     def _(*args: object) -> None:

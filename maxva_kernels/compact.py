@@ -1,6 +1,6 @@
 """Compact states: a parameter's states in one word per element, and the codes they are made of.
 
-What csrc/compact_codes.h and its Triton twin do inside the update, in plain torch operations on
+What csrc/compact.h and its Triton twin do inside the update, in plain torch operations on
 any device; this file defines the codes. docs/algorithm.md, section "Compact states", says why.
 
     Moments (float32) -> pack -> Packed (what a state holds) -> unpack -> Moments
