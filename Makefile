@@ -24,11 +24,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test test-external test-failure pretrain reproduce profile bench wheel gpu lint clean
+.PHONY: help test test-external test-failure pretrain reproduce compact-study profile bench wheel gpu lint clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | sed -n '1,7p'
-	@echo "Targets: test, test-external, test-failure, pretrain, reproduce, profile, bench, wheel, gpu, lint, clean"
+	@echo "Targets: test, test-external, test-failure, pretrain, reproduce, compact-study, profile, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -69,6 +69,9 @@ pretrain: $(STAMPS)/extension
 # the paper's synthetic studies (docs/reproduction.md), into runs/reproduction
 reproduce: $(STAMPS)/extension
 	$(PY) examples/reproduction/reproduce.py $(ARGS)
+
+compact-study: $(STAMPS)/extension
+	$(PY) bench/compact_states.py --write docs/compact_states.md $(ARGS)
 
 # times, bandwidth and memory of a step: ARGS="--help" says what can be chosen
 profile: $(STAMPS)/extension

@@ -65,26 +65,27 @@ def _load() -> None:
     _register_fakes()
 
 
-def _register_fakes() -> None:
-    def one_device(
-        names: tuple[str, ...], theta: list[torch.Tensor], args: tuple[Any, ...]
-    ) -> None:
-        # torch picks the fake wherever one tensor is on "meta", beside real ones too
-        for name, tensors in zip(names, args, strict=False):
-            for i, tensor in enumerate((*theta, *tensors)):
-                if tensor.device != theta[0].device:
-                    raise ValueError(
-                        f"maxva: tensor {i % max(len(theta), 1)} of theta or {name} is on "
-                        f"{tensor.device}, parameter 0 is on {theta[0].device}"
-                    )
+def _check_devices(theta: list[torch.Tensor], lists: dict[str, Any]) -> None:
+    # torch picks the fake wherever one tensor is on "meta", beside real ones too
+    for name, tensors in lists.items():
+        for i, tensor in enumerate((*theta, *tensors)):
+            if tensor.device != theta[0].device:
+                raise ValueError(
+                    f"maxva: tensor {i % max(len(theta), 1)} of theta or {name} is on "
+                    f"{tensor.device}, parameter 0 is on {theta[0].device}"
+                )
 
+
+def _register_fakes() -> None:
     @torch.library.register_fake("maxva::update_")
-    def _(theta: list[torch.Tensor], *args: Any) -> None:
-        one_device(("g", *"muvw", "vmax", "master", "step"), theta, args)
+    def _(theta: list[torch.Tensor], *args: object) -> None:
+        names = "g", *"muvw", "vmax", "master", "step"
+        _check_devices(theta, dict(zip(names, args, strict=False)))
 
     @torch.library.register_fake("maxva::update_packed_")
-    def _(theta: list[torch.Tensor], *args: Any) -> None:
-        one_device(("g", "packed", "scale", "maximum", "master", "step"), theta, args)
+    def _(theta: list[torch.Tensor], *args: object) -> None:
+        names = "g", "packed", "scale", "maximum", "master", "step"
+        _check_devices(theta, dict(zip(names, args, strict=False)))
 
     @torch.library.register_fake("maxva::write_control_")
     def _(*args: object) -> None:

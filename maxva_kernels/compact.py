@@ -1,6 +1,6 @@
 """Compact states: a parameter's states in one word per element, and the codes they are made of.
 
-What csrc/compact_codes.h and its Triton twin do inside the update, in plain torch operations on
+What csrc/compact.h and its Triton twin do inside the update, in plain torch operations on
 any device; this file defines the codes. docs/algorithm.md, section "Compact states", says why.
 
     Moments (float32) -> pack -> Packed (what a state holds) -> unpack -> Moments
@@ -331,6 +331,8 @@ def rows_are_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same places."""
+    if a.stride() == b.stride():
+        return True
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(x == y for size, x, y in strides if size > 1)
 

@@ -441,7 +441,7 @@ def linear_index(p: Tensor) -> tuple[int, int, int]:
 
 
 def holds_whole_blocks(p: Tensor) -> bool:
-    """Whether p's rows can be cut into blocks that lie on one rank each, whatever the rank.
+    """Whether the rows of p, of two dimensions at least, can be cut into blocks on one rank each.
 
     Rows of dimension 0, dense in memory one after the other and of a block at least; of a DTensor
     that is sharded in dimension 0, or in dimension 1 in equal pieces of whole blocks. Depends on
@@ -451,14 +451,14 @@ def holds_whole_blocks(p: Tensor) -> bool:
     if is_dtensor(p):
         sharded: Any = p
         division = sharded.device_mesh, sharded.placements
-    return _holds_whole_blocks(tuple(p.shape), p.stride(), division)
+    return _holds_whole_blocks(p.shape, p.stride(), division)
 
 
 @functools.lru_cache(maxsize=65536)  # asked for in every step
 def _holds_whole_blocks(
-    shape: tuple[int, ...], stride: tuple[int, ...], division: tuple[Any, Any] | None
+    shape: torch.Size, stride: tuple[int, ...], division: tuple[Any, Any] | None
 ) -> bool:
-    if len(shape) < 2 or math.prod(shape[1:]) < BLOCK or not rows_are_dense(shape, stride):
+    if math.prod(shape[1:]) < BLOCK or not rows_are_dense(shape, stride):
         return False
     if division is None:
         return True

@@ -50,6 +50,7 @@ def word_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype | None:
     dtype = WORD_DTYPE.get(group["state_dtype"])
     if (
         dtype is None
+        or p.dim() < 2
         or p.dtype == torch.float64
         or p.numel() < group["fp32_state_below"]
         or not holds_whole_blocks(p)

@@ -44,8 +44,8 @@ class StepStatistics:
         for device in dict.fromkeys(batch.device for batch in batches):
             filled = [i for batch in batches if batch.device == device for i in batch.parameters]
             rows, place = self._rows.get(device), self._places.get(device)
-            is_ready = rows is not None and place is not None and place[0] == filled
-            if is_ready and len(rows) >= num_parameters:
+            fits = rows is not None and len(rows) >= num_parameters
+            if fits and place is not None and place[0] == filled:
                 if capturing:
                     self._captured.append(place[1])
                 continue

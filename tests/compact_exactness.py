@@ -95,7 +95,7 @@ def _wide(x: Tensor) -> np.ndarray:
 
 
 def _coordinates(opt: Any, p: Tensor) -> tuple[Coordinates, np.ndarray, np.ndarray]:
-    """p's states as the definition wants them, and mean and variance."""
+    """The states of p as the definition wants them, and mean and variance."""
     state = opt.state[p]
     c = Coordinates.start(_wide(state.get("master_param", p)), np.longdouble)
     if "maxva_packed" not in state:
@@ -183,7 +183,8 @@ def enclosing_bfloat16(low: np.ndarray, high: np.ndarray) -> Any:
         exponent = np.frexp(x.astype(np.float64))[1]
         return np.ldexp(1.0, np.maximum(exponent - 8, -133))
 
-    return np.floor(low / spacing(low)) * spacing(low), np.ceil(high / spacing(high)) * spacing(high)
+    below, above = spacing(low), spacing(high)
+    return np.floor(low / below) * below, np.ceil(high / above) * above
 
 
 def in_rows(x: Any) -> np.ndarray:
@@ -193,7 +194,7 @@ def in_rows(x: Any) -> np.ndarray:
 
 
 def exponent_of(largest: np.ndarray) -> np.ndarray:
-    """e with largest / 2^(e - 127) in [0.40625, 0.8125); 1 for 0."""
+    """The e with largest / 2^(e - 127) in [0.40625, 0.8125); 1 for 0."""
     mantissa, exponent = np.frexp(largest.astype(np.float64))
     return np.where(largest == 0, 1, np.maximum(exponent + 127 + (mantissa >= 0.8125), 1))
 
@@ -292,7 +293,7 @@ def _slot_r(state: dict[str, Tensor]) -> Tensor:
 
 
 def _check_w(w: Tensor, low: np.ndarray, high: np.ndarray, label: str, word: torch.dtype) -> None:
-    """w by way of x: w up to 1/2, -(1 - w) above; either where rounding decides which."""
+    """Judges w by way of x: w up to 1/2, -(1 - w) above; either where rounding decides which."""
     values = _wide(w)
     assert (values > 0).all(), f"{label}: a coordinate has returned to 0"
     x = np.where(high <= 0.5, values, 1 - values)

@@ -506,6 +506,47 @@ def statistics_are_of_all_ranks(directory: Path) -> None:
     assert found["skipped_steps"] == 1
 
 
+COMPACT_SHAPES = [(5, 140), (3,), (4, 1024), (1, 4096), (4, 130), (6, 32, 4), (2, 200)]
+
+
+def compact_placements_of(kind: str) -> list[Any]:
+    """Per shape; the third is cut between blocks, the fifth would be cut inside one."""
+    if kind == "fsdp":
+        return [[Shard(0)], [Shard(0)], [Shard(1)], [Shard(0)], [Shard(1)], None, [Replicate()]]
+    if kind == "hsdp":
+        one = [Shard(0), Shard(0), Shard(1), Shard(0), Shard(1), None, Replicate()]
+        return [place and [Replicate(), place] for place in one]
+    return [
+        [_StridedShard(0, split_factor=2), Shard(0)],
+        [Replicate(), Shard(0)],
+        [Shard(0), Shard(1)],
+        [Shard(1), Replicate()],
+        [Shard(0), Shard(1)],
+        None,
+        [Replicate(), Replicate()],
+    ]
+
+
+@scenario(2, 4)
+def compact_states_are_those_of_the_whole(directory: Path) -> None:
+    """Bit for bit, scales included, for shards that are uneven, empty, or cut a row in blocks."""
+    for kind, state_dtype, cls in itertools.product(
+        kinds(), ("int8", "bfloat16"), (FusedMAdam, MAdam, FusedLaMAdam)
+    ):
+        options = {"state_dtype": state_dtype, "fp32_state_below": 0, "rounding_seed": 2**50}
+        twins = Twins(
+            kind, cls, torch.float32, COMPACT_SHAPES, compact_placements_of(kind),
+            weight_decay=0.1, amsgrad=cls is FusedMAdam, **options,
+        )  # fmt: skip
+        for t in range(3):
+            twins.step(t)
+        forms = ["maxva_packed" in twins.opt.state.get(p, {}) for p in twins.sharded]
+        assert forms == [True, False, True, True, False, True, False], kind
+        # the truth has one process, in which nothing would be cut
+        del twins.sharded[4], twins.whole[4], twins.placements[4]
+        twins.check(tolerance=0)
+
+
 # --- norm_process_group --------------------------------------------------------------------------
 
 
@@ -835,6 +876,81 @@ def load_what_two_ranks_have_saved(directory: Path) -> None:
         train(net, opt, range(3, 6))
         for key, value in parameters_of(net).items():
             close(value, at_end[key], 1e-11, f"{name} {key}")
+
+
+def compact_net_and_optimizer(state_dtype: str) -> tuple[nn.Module, Any]:
+    """The second layer's weight has rows of 140 and no even shards."""
+    net = shard(Net(hidden=140, dtype=torch.float32), mesh=mesh_of(world()))
+    options = {"state_dtype": state_dtype, "fp32_state_below": 0, "amsgrad": True}
+    return net, make_optimizer(net, **options)
+
+
+@scenario(2, 4)
+def compact_states_under_fsdp2(directory: Path) -> None:
+    for state_dtype in ("int8", "bfloat16"):
+        options = {"state_dtype": state_dtype, "fp32_state_below": 0}
+        net = shard(Net(hidden=140, dtype=torch.float32), mesh=mesh_of(world()))
+        check_against_shadow(net, 0, torch.float32, **options)
+        for form in (None, FULL, FLAT):
+            net, opt = compact_net_and_optimizer(state_dtype)
+            train(net, opt, range(2), torch.float32)
+            saved = copy.deepcopy(get_optimizer_state_dict(net, opt, options=form))
+            other, other_opt = compact_net_and_optimizer(state_dtype)
+            set_model_state_dict(other, get_model_state_dict(net))
+            set_optimizer_state_dict(other, other_opt, saved, options=form)
+            state = other_opt.state[other.second.weight]
+            assert state["maxva_packed"].placements == other.second.weight.placements
+            if state_dtype == "int8":
+                assert state["maxva_scale"].shape == (3, 2)
+            train(net, opt, range(2, 4), torch.float32)
+            train(other, other_opt, range(2, 4), torch.float32)
+            assert same_bits(parameters_of(net), parameters_of(other)), form
+        # the other forms of the same states
+        for group in other_opt.param_groups:
+            group["state_dtype"] = "float32"
+        train(other, other_opt, range(4, 5), torch.float32)
+        assert "exp_avg" in other_opt.state[other.second.weight]
+        other_opt.load_state_dict(opt.state_dict())
+        assert "exp_avg" in other_opt.state[other.second.weight]
+
+
+@scenario(2)
+def save_compact_states(directory: Path) -> None:
+    for state_dtype in ("int8", "bfloat16"):
+        net, opt = compact_net_and_optimizer(state_dtype)
+        train(net, opt, range(3), torch.float32)
+        states = {"net": get_model_state_dict(net), "opt": get_optimizer_state_dict(net, opt)}
+        dcp.save(states, checkpoint_id=directory / state_dtype)
+        weight = net.second.weight
+        expected = {
+            key: value.full_tensor() if isinstance(value, DTensor) else value
+            for key, value in opt.state[weight].items()
+        }
+        if rank() == 0:
+            torch.save(expected, directory / f"{state_dtype}.pt")
+        train(net, opt, range(3, 5), torch.float32)
+        at_end = parameters_of(net)
+        if rank() == 0:
+            torch.save(at_end, directory / f"{state_dtype}_end.pt")
+        dist.barrier()
+
+
+@scenario(1, 2, 3, 4)
+def load_compact_states_of_two_ranks(directory: Path) -> None:
+    for state_dtype in ("int8", "bfloat16"):
+        net, opt = compact_net_and_optimizer(state_dtype)
+        states = {"net": get_model_state_dict(net), "opt": get_optimizer_state_dict(net, opt)}
+        dcp.load(states, checkpoint_id=directory / state_dtype)
+        set_model_state_dict(net, states["net"])
+        set_optimizer_state_dict(net, opt, states["opt"])
+        expected = torch.load(directory / f"{state_dtype}.pt")
+        found = {key: whole(value) for key, value in opt.state[net.second.weight].items()}
+        assert found.keys() == expected.keys()
+        assert all(same_bits(found[key], expected[key]) for key in found)
+        train(net, opt, range(3, 5), torch.float32)
+        for key, value in parameters_of(net).items():
+            end = torch.load(directory / f"{state_dtype}_end.pt")[key]
+            close(value, end, 1e-3, f"{state_dtype} {key}")
 
 
 # --- engines that leave plain tensors ------------------------------------------------------------

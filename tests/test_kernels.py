@@ -990,7 +990,7 @@ BAD_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "statistics_too_few": (assign(statistics=torch.ones(1, 5, dtype=torch.float64)), "statistics"),
     "statistics_float32": (assign(statistics=torch.ones(2, 5)), "statistics"),
     "rounding_too_few": (assign(rounding=[0, -1, 0, 1, 1]), "rounding"),
-    "rounding_of_float32": (assign(rounding=[0, 0, 0, 12, 12, 0, 1, 0, 7, 7]), "bfloat16"),
+    "rounding_of_float32": (assign(rounding=[0, 0, 0, 12, 12, 1, 0, 1, 0, 7, 7, 1]), "bfloat16"),
     "algorithm_unknown": (assign(algorithm="adam"), "algorithm"),
     "phase_unknown": (assign(phase=3), "phase"),
     "phase_negative": (assign(phase=-1), "phase"),

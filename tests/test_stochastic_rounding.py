@@ -117,14 +117,14 @@ def test_rounding_up_is_as_frequent_as_it_should_be(sixteenths: int, backend: st
 def test_words_are_uniform_and_not_correlated() -> None:
     """Low halves of neighbouring elements, steps and parameters, 5 sigma each."""
     n = 2**17
-    row = (11, 3, 0, n, n)
+    row = (11, 3, 0, n, n, 1)
     words = random_words(n, torch.tensor(5), row) & 0xFFFF
     centred = words.double() - 32767.5
     others = {
         "element": centred.roll(1),
         "step": (random_words(n, torch.tensor(6), row) & 0xFFFF).double() - 32767.5,
-        "parameter": (random_words(n, torch.tensor(5), (11, 4, 0, n, n)) & 0xFFFF) - 32767.5,
-        "seed": (random_words(n, torch.tensor(5), (12, 3, 0, n, n)) & 0xFFFF) - 32767.5,
+        "parameter": (random_words(n, torch.tensor(5), (11, 4, 0, n, n, 1)) & 0xFFFF) - 32767.5,
+        "seed": (random_words(n, torch.tensor(5), (12, 3, 0, n, n, 1)) & 0xFFFF) - 32767.5,
     }
     variance = (2.0**32 - 1) / 12
     assert abs(centred.mean()) < 5 * (variance / n) ** 0.5
@@ -153,11 +153,11 @@ def test_parts_of_a_parameter_round_as_the_whole(kernel: str) -> None:
         operators.update_(
             [theta], [torch.zeros_like(theta)], *([state] for state in states), [], [],
             [no_updates.clone()], [], [1], hyper, [None], None, None, None, None,
-            [seed, parameter, offset, inner_local, inner_global], "madam", 0,
+            [seed, parameter, offset, inner_local, inner_global, 1], "madam", 0,
         )  # fmt: skip
         return theta
 
-    words = random_words(numel, first_update, (seed, parameter, 0, numel, numel))
+    words = random_words(numel, first_update, (seed, parameter, 0, numel, numel, 1))
     bits = (whole.float() * (1 - DECAY)).view(torch.int32).long() & 0xFFFFFFFF
     bits = (bits + (words.view(rows, columns) & 0xFFFF)) >> 16
     expected = bits.to(torch.int16).view(torch.bfloat16)

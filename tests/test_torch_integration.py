@@ -50,7 +50,7 @@ def update_arguments(
         torch.tensor(2.0) if scaled else None,
         torch.ones(2, 2, dtype=torch.float64) if phase else None,
         torch.zeros(2, len(Statistic), dtype=torch.float64) if statistics else None,
-        [x for p in range(2) for x in (7, p, 0, 1, 1)] if rounded else [],
+        [x for p in range(2) for x in (7, p, 0, 1, 1, 1)] if rounded else [],
         "madam",
         phase,
     )  # fmt: skip
@@ -66,6 +66,37 @@ def update_arguments(
 )  # fmt: skip
 def test_opcheck_update(options):
     opcheck(torch.ops.maxva.update_.default, update_arguments(**options))
+
+
+@pytest.mark.parametrize("word_dtype", [torch.int32, torch.int64], ids=str)
+def test_opcheck_update_packed(word_dtype):
+    row = dict.fromkeys(ROW, 0.0) | {"alpha": 0.9, "beta_low": 0.5, "beta_high": 0.999}
+    row |= {"beta_init": 0.999, "eps": 1e-8, "delta": 1e-16, "bias_correction": 1.0}
+    shapes = [(2, 130), (1, 128)]
+    maximum = {torch.int32: torch.uint8, torch.int64: torch.bfloat16}[word_dtype]
+    arguments = (
+        [torch.rand(shape) for shape in shapes],
+        [torch.rand(shape) for shape in shapes],
+        [torch.zeros(shape, dtype=word_dtype) for shape in shapes],
+        [torch.zeros(n, -(-row // 128), dtype=torch.int32) for n, row in shapes]
+        if word_dtype == torch.int32
+        else [],
+        [torch.zeros(shape, dtype=maximum) for shape in shapes],
+        [],
+        [torch.zeros(()) for _ in shapes],
+        [],
+        [2],
+        [0.01, *row.values()],
+        [None],
+        None,
+        None,
+        None,
+        None,
+        [7, 0, 0, 260, 260, 0, 7, 1, 0, 128, 128, 0],
+        "madam",
+        0,
+    )
+    opcheck(torch.ops.maxva.update_packed_.default, arguments)
 
 
 def test_opcheck_norm_and_control():

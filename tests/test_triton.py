@@ -193,14 +193,15 @@ def test_rounding_by_hand() -> None:
         assert rounded_bits(x, word, "cpu") == expected
 
 
-#: Rows of rounding: seed, parameter, offset, inner_local, inner_global.
+#: Rows of rounding: seed, parameter, offset, inner_local, inner_global, theta.
 ROWS = {
-    "whole": (0, 0, 0, 2**40, 2**40),
-    "nearest": (3, -1, 0, 1, 1),
-    "rows": (1, 3, 7, 2**40, 2**40),
-    "far": (2**63 - 1, 5, 2**34 + 1, 2**40, 2**40),
-    "columns": (2**32, 1, 5, 7, 13),
-    "far_columns": (2**32 - 1, 2**31 - 1, 2**35 + 2, 1000, 2**33 + 3),
+    "whole": (0, 0, 0, 2**40, 2**40, 1),
+    "nearest": (3, -1, 0, 1, 1, 1),
+    "states_alone": (3, 1, 0, 2**40, 2**40, 0),
+    "rows": (1, 3, 7, 2**40, 2**40, 1),
+    "far": (2**63 - 1, 5, 2**34 + 1, 2**40, 2**40, 1),
+    "columns": (2**32, 1, 5, 7, 13, 1),
+    "far_columns": (2**32 - 1, 2**31 - 1, 2**35 + 2, 1000, 2**33 + 3, 1),
 }
 
 
@@ -226,8 +227,8 @@ def decay_alone(numels: list[int], rows: list[tuple[int, ...]], layout: str) -> 
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 @interpreted
 def test_rounding_has_the_bits_of_the_cpp_kernel(layout: str) -> None:
-    numels = {"whole": 0, "nearest": 40, "rows": CHUNK + 1, "far": CHUNK, "columns": 2 * CHUNK - 1,
-              "far_columns": 33}  # fmt: skip
+    numels = {"whole": 0, "nearest": 40, "states_alone": 41, "rows": CHUNK + 1, "far": CHUNK,
+              "columns": 2 * CHUNK - 1, "far_columns": 33}  # fmt: skip
     given, expected = (
         decay_alone([*numels.values()], [ROWS[name] for name in numels], layout) for _ in "ab"
     )
@@ -236,7 +237,7 @@ def test_rounding_has_the_bits_of_the_cpp_kernel(layout: str) -> None:
     torch.ops.maxva.update_(*expected.values())
     assert same_bits(given["theta"], expected["theta"])
     for name, theta, nearest in zip(numels, given["theta"], moved, strict=True):
-        assert same_bits(theta, nearest) == (name in ("whole", "nearest"))
+        assert same_bits(theta, nearest) == (name in ("whole", "nearest", "states_alone"))
 
 
 @interpreted
@@ -599,7 +600,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-NEAREST = [0, -1, 0, 1, 1]
+NEAREST = [0, -1, 0, 1, 1, 0]
 BFLOAT16 = {"theta": [torch.ones(3, 2).bfloat16(), torch.ones(4).bfloat16()]}
 MASTER = [torch.ones(3, 2), torch.ones(4)]
 
@@ -622,16 +623,20 @@ MASTER = [torch.ones(3, 2), torch.ones(4)]
         ({"phase": 1}, ValueError, r"norms must be float64 \[2, 2\]"),
         ({"statistics": torch.zeros(2, 5)}, ValueError, r"statistics must be float64 \[2, 5\]"),
         ({"statistics": torch.zeros(5, 2).double().t()}, ValueError, "statistics must be float64"),
-        ({"rounding": [0, 0, 0, 1, 1]}, ValueError, "empty or 2 rows of 5, has 5 entries"),
-        ({"rounding": [*NEAREST, 0, 0, 0, 1, 1]}, ValueError, r"rounding\[1\] is for a bfloat16"),
+        ({"rounding": [0, 0, 0, 1, 1, 1]}, ValueError, "empty or 2 rows of 6, has 6 entries"),
         (
-            {**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 1, 1], "master": MASTER},
+            {"rounding": [*NEAREST, 0, 0, 0, 1, 1, 1]},
+            ValueError,
+            r"rounding\[1\] is for a bfloat16",
+        ),
+        (
+            {**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 1, 1, 1], "master": MASTER},
             ValueError,
             "without master weights",
         ),
-        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, -1, 1, 1]}, ValueError, "offset >= 0"),
-        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 0, 1]}, ValueError, "inner sizes"),
-        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 1, -1]}, ValueError, "inner sizes"),
+        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, -1, 1, 1, 1]}, ValueError, "offset >= 0"),
+        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 0, 1, 0]}, ValueError, "inner sizes"),
+        ({**BFLOAT16, "rounding": [*NEAREST, 0, 0, 0, 1, -1, 1]}, ValueError, "inner sizes"),
         ({"g": [torch.rand(3, 2), torch.rand(5)]}, ValueError, r"gradient\[1\] has shape \[5\]"),
         ({"g": [torch.rand(3, 2), torch.rand(4, device="meta")]}, ValueError, "is on meta"),
         ({"g": [torch.rand(3, 2), torch.ones(4, dtype=torch.int32)]}, TypeError, "int32"),

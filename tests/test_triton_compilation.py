@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 from maxva_kernels.triton_kernels import multi_tensor_apply as mta
-from maxva_kernels.triton_kernels import norm, operators
+from maxva_kernels.triton_kernels import norm, operators, packed_update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -75,7 +75,7 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def compiled(kernel: Any, capability: int, pointers: dict[str, str | None],
-             constants: dict[str, Any], **scalars: str) -> Any:  # fmt: skip
+             constants: dict[str, Any], options: Any = None, **scalars: str) -> Any:  # fmt: skip
     """The kernel for one GPU; a pointer of type None is an argument that is None."""
     signature = {
         name: pointers[name] or "constexpr" if name in pointers else scalars.get(name, "constexpr")
@@ -85,7 +85,7 @@ def compiled(kernel: Any, capability: int, pointers: dict[str, str | None],
     return triton.compile(
         ASTSource(kernel, signature, values),
         target=GPUTarget("cuda", capability, 32),
-        options=operators._UPDATE_OPTIONS,
+        options=operators._UPDATE_OPTIONS if options is None else options,
     )
 
 
@@ -110,8 +110,30 @@ def compiled_update(capability: int, theta: Any = tl.float32, g: Any = tl.float3
     )  # fmt: skip
 
 
-def check_resources(kernel: Any, folder: Path) -> None:
-    """Neither stack nor local memory: nothing is spilled."""
+def compiled_packed_update(
+    capability: int, word: Any = tl.int32, theta: Any = tl.float32, g: Any = tl.float32,
+    algorithm: int = 0, amsgrad: bool = False, master: bool = False, scale: bool = False,
+    phase: int = 0, statistics: bool = False, round_theta: bool = False,
+) -> Any:  # fmt: skip
+    return compiled(
+        packed_update.update_packed_kernel,
+        capability,
+        {
+            "rows": "*i64", "g_addresses": "*i64", "chunk_tensor": "*i32", "scalars": "*fp32",
+            "control": "*fp64", "grad_scale": "*fp32" if scale else None,
+            "sums": "*fp64" if phase == 1 else None, "statistics": "*fp64" if statistics else None,
+            "rounding": "*i64",
+        },
+        {
+            "THETA_DTYPE": theta, "G_DTYPE": g, "WORD": word, "ALGORITHM": algorithm,
+            "AMSGRAD": amsgrad, "HAS_MASTER": master, "ROUND_THETA": round_theta, "PHASE": phase,
+        },
+        operators._packed_options(amsgrad, statistics),
+    )  # fmt: skip
+
+
+def check_resources(kernel: Any, folder: Path) -> int:
+    """Neither stack nor local memory: nothing is spilled. Returns the number of registers."""
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
     assert tool, "no cuobjdump, neither in Triton nor on the path"
@@ -120,7 +142,9 @@ def check_resources(kernel: Any, folder: Path) -> None:
     usage = subprocess.run(
         [tool, "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
-    assert re.search(r"REG:\d+ STACK:0 SHARED:\d+ LOCAL:0", usage), usage
+    found = re.search(r"REG:(\d+) STACK:0 SHARED:\d+ LOCAL:0", usage)
+    assert found, usage
+    return int(found[1])
 
 
 def check_rounding(ptx: str) -> None:
@@ -168,6 +192,66 @@ def test_main_path_has_no_narrow_access() -> None:
     assert (wide_stores, narrow_stores) == (2 * 5 * 2, 5 * 8)
 
 
+#: By kind of packed update: what is compiled, for which GPUs, and wide loads and stores of the main
+#: path (theta, g, packed; theta, packed), of which each moves four elements.
+PACKED_VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int]]] = {
+    "int8": ({}, (80, 90, 100), (3, 2)),
+    # four words are 32 bytes
+    "bfloat16": ({"word": tl.int64}, (90,), (4, 3)),
+    "int8_states": ({"phase": 1}, (80,), (3, 0)),
+    "int8_bf16_amsgrad_scale_statistics": (
+        {
+            "theta": tl.bfloat16, "g": tl.bfloat16, "round_theta": True, "statistics": True,
+            "algorithm": 1, "amsgrad": True, "scale": True,
+        },
+        (90,),
+        (3, 2),
+    ),
+    "bfloat16_fp16_master_amsgrad": (
+        {
+            "word": tl.int64, "theta": tl.float16, "g": tl.float16, "master": True,
+            "amsgrad": True,
+        },
+        (100,),
+        (5, 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, capability, id=f"{name}-sm_{capability}")
+        for name, (_, capabilities, _) in PACKED_VARIANTS.items()
+        for capability in capabilities
+    ],
+)
+def test_packed_update(name: str, capability: int, tmp_path: Path) -> None:
+    """Note [Tile]: four elements per access, four programs per multiprocessor, no exact division.
+
+    A block's largest value takes one instruction, and random words no traffic between threads: what
+    is shared are the sums and the blocks' exponents.
+    """
+    variant, _, (loads, stores) = PACKED_VARIANTS[name]
+    kernel = compiled_packed_update(capability, **variant)
+    ptx = kernel.asm["ptx"]
+    if not variant.get("scale"):
+        assert not re.findall(r"\b(?:div|sqrt)\.(?:rn|full)\b", ptx)
+    wide = HALF_BLOCK_WIDE
+    if variant.get("theta", tl.float32) == tl.float32:
+        wide = WIDE
+    # there are two main paths, and g is aligned in one of them
+    assert len(re.findall(rf"ld\.global[\w.]*{wide}", ptx)) >= 2 * loads - 1
+    assert len(re.findall(rf"st\.global[\w.]*{wide}", ptx)) >= 2 * stores
+    is_int8 = variant.get("word") != tl.int64
+    if is_int8 and variant.get("phase") != 1:
+        assert len(re.findall(r"redux\.sync\.max", ptx)) == 3 * (4 if variant.get("amsgrad") else 3)
+    registers = check_resources(kernel, tmp_path)
+    if not variant.get("amsgrad") and not variant.get("statistics"):
+        assert registers <= 128
+    print(f"{name} on sm_{capability}: {registers} registers")
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize("g", POINTERS, ids=[str(g) for g in POINTERS])
 def test_norm(g: Any, capability: int, tmp_path: Path) -> None:
@@ -194,7 +278,7 @@ def test_small_kernels(given: bool, scalars: str, capability: int, tmp_path: Pat
             capability,
             {"rows": "*i64", "hyper": "*i64", "lr_kinds": "*i64", "lr_words": "*i64",
              "control": optional("*fp64"), "norms": optional("*fp64"), "scalars": scalars},
-            {},
+            {"UNIT_RANGE": given and scalars == "*fp32"},
             num_tensors="i32",
         ),
         compiled(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
 import pytest
 import torch
 from exactness import FUSED, Problem, realistic_problem
+from test_triton_packed import call, check_neighbours, make_batch, packed_of
+from torch import Tensor
 from torch.nn import Parameter
 
 import maxva_kernels
+from maxva_kernels.batch import Batch, Phase
+from maxva_kernels.reference import EagerBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -131,6 +136,62 @@ def test_stochastic_rounding_has_the_bits_of(
     assert ours.stats()[0] == pytest.approx(theirs.stats()[0], rel=1e-5)
 
 
+def moved(batch: Batch, device: str) -> Batch:
+    """A copy with all tensors on a device; layouts and alignment stay."""
+    batch = copy.deepcopy(batch)
+    for name in ("theta", "g", "packed", "scale", "maximum", "master", "step", "group_step"):
+        tensors: list[Tensor] = getattr(batch, name)
+        for i, x in enumerate(tensors):
+            storage = x.new_empty(x.untyped_storage().nbytes() // x.itemsize, device=device)
+            tensors[i] = storage.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+    return batch
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "first_step": {"fresh": True, "amsgrad": True},
+    "misaligned": {"layout": "misaligned"},
+    "misaligned_gradient": {"grad_layout": "misaligned"},
+    "l2_nesterov": {"weight_decay": 0.125, "adam_w_mode": 0.0, "nesterov": 1.0},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16_master_amsgrad": {"dtype": torch.float16, "master": True, "amsgrad": True},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["madam", "lamadam"])
+@pytest.mark.parametrize("word", ["int8", "bfloat16"])
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
+def test_compact_states_beside_the_reference(
+    options: dict[str, Any], word: str, algorithm: str
+) -> None:
+    """Codes and random words are the definition's; divisions and roots are the device's own."""
+    start = make_batch([(70, 128), (33, 1000), (2, 9, 261)], word, algorithm, **options)
+    ours, theirs = moved(start, "cuda"), moved(start, "cpu")
+    call(ours, algorithm=algorithm)
+    EagerBackend().update(theirs, algorithm, Phase.WHOLE, None, None, None)
+    ours = moved(ours, "cpu")
+    for i, theta in enumerate(theirs.theta):
+        check_neighbours(packed_of(ours, i), packed_of(theirs, i), f"{i}")
+        ours_kept, kept = ((x.master or x.theta)[i].float() for x in (ours, theirs))
+        eps = torch.finfo(torch.float32 if theirs.master else theta.dtype).eps
+        torch.testing.assert_close(ours_kept, kept, rtol=2 * eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("word", ["int8", "bfloat16"])
+def test_compact_states_have_the_same_bits_on_every_path(word: str) -> None:
+    batches = [
+        moved(make_batch([(64, 256)], word, amsgrad=True, **layouts), "cuda")
+        for layouts in ({}, {"layout": "misaligned"}, {"grad_layout": "misaligned"})
+    ]
+    for batch in batches:
+        for _ in range(3):
+            call(batch)
+    for batch in batches[1:]:
+        for name in ("theta", "packed", "scale", "maximum"):
+            for a, b in zip(getattr(batches[0], name), getattr(batch, name), strict=True):
+                assert torch.equal(a, b), name
+
+
 def test_random_words_and_rounding() -> None:
     from triton_rounding import KNOWN_ANSWERS, ROUNDED, random_words, rounded_bits
 
@@ -147,17 +208,17 @@ def test_shards_of_columns_have_the_bits_of_the_cpu_kernel(columns: tuple[int, i
 
     hyper = [1.0, 0.9, 0.5, 0.999, 0.999, 1e-8, 2.0**-10, 1e-16, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     start = torch.randn(20011).bfloat16()
-    moved = []
+    results = []
     for device, update_ in (("cuda", triton_kernels.update_), ("cpu", torch.ops.maxva.update_)):
         theta = start.to(device, copy=True)
         states = [[torch.zeros(theta.numel(), device=device)] for _ in "muvw"]
         update_(
             [theta], [torch.zeros_like(theta)], *states, [], [],
             [torch.tensor(6.0, device=device)], [], [1], hyper, [None], None, None, None, None,
-            [2**63 - 5, 3, 2**35 + 2, *columns], "madam", 0,
+            [2**63 - 5, 3, 2**35 + 2, *columns, 1], "madam", 0,
         )  # fmt: skip
-        moved.append(theta.cpu())
-    assert torch.equal(*moved)
+        results.append(theta.cpu())
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
@@ -255,14 +316,14 @@ def test_changing_values_do_not_compile_again(options: dict[str, Any]) -> None:
 
 def test_swapped_data_is_found() -> None:
     problem = realistic_problem(SHAPES)
-    moved, plain = on_gpu(problem, "triton"), on_gpu(problem, "triton")
+    elsewhere, plain = on_gpu(problem, "triton"), on_gpu(problem, "triton")
     for k in range(3):
-        moved.step()
+        elsewhere.step()
         plain.step()
-        p = moved.param_groups[0]["params"][k % 2 * 3]
+        p = elsewhere.param_groups[0]["params"][k % 2 * 3]
         p.data = p.data.clone()
-        moved.state[p]["exp_avg"] = moved.state[p]["exp_avg"].clone()
-    for a, b in zip(everything(moved), everything(plain), strict=True):
+        elsewhere.state[p]["exp_avg"] = elsewhere.state[p]["exp_avg"].clone()
+    for a, b in zip(everything(elsewhere), everything(plain), strict=True):
         assert torch.equal(a, b)
 
 

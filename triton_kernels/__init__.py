@@ -4,6 +4,6 @@ The same names, arguments, checks and results as `torch.ops.maxva`, for CUDA and
 for CPU tensors under TRITON_INTERPRET=1. Needs torch and Triton, nothing of maxva_kernels.
 """
 
-from .operators import INTERPRETED, sum_of_squares, update_, write_control_
+from .operators import INTERPRETED, sum_of_squares, update_, update_packed_, write_control_
 
-__all__ = ["INTERPRETED", "sum_of_squares", "update_", "write_control_"]
+__all__ = ["INTERPRETED", "sum_of_squares", "update_", "update_packed_", "write_control_"]

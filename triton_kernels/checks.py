@@ -5,14 +5,16 @@ All of it before a kernel runs: nothing has been changed when one of these raise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .compact import BLOCK
 from .statistics import NUM_STATISTICS
-from .stochastic_rounding import ROUNDING_FIELDS, rows_of
+from .stochastic_rounding import ROUNDING_FIELDS, Rounding, rows_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HYPER_FIELDS = 14
@@ -25,33 +27,56 @@ NAMES = {
     "v": "exp_avg_sq (v)",
     "w": "maxva_weight (w)",
     "vmax": "max_exp_avg_sq (vmax)",
+    "packed": "maxva_packed",
+    "scale": "maxva_scale",
+    "maximum": "maxva_packed_max",
     "master": "master_param",
 }
+#: The dtype of `maxva_packed_max` by the dtype of `maxva_packed`.
+MAXIMUM_DTYPES = {torch.int32: torch.uint8, torch.int64: torch.bfloat16}
 
 
 @dataclass(slots=True)
 class TensorLists:
-    """One step's tensors: element i of every list belongs to parameter i; vmax, master or empty.
+    """One step's tensors: element i of every list belongs to parameter i.
 
-    So does row i of rounding (stochastic_rounding.py), flat, or empty.
+    states holds the lists that are written, by their names in NAMES: m, u, v, w, vmax and master,
+    the last two of which may be empty, or packed, scale, maximum and master, of which all but the
+    first may be. Row i of rounding (stochastic_rounding.py), flat, belongs to parameter i, too.
     """
 
     theta: Sequence[Tensor]
     g: Sequence[Tensor]
-    m: Sequence[Tensor]
-    u: Sequence[Tensor]
-    v: Sequence[Tensor]
-    w: Sequence[Tensor]
-    vmax: Sequence[Tensor]
-    master: Sequence[Tensor]
+    states: dict[str, Sequence[Tensor]]
     step: Sequence[Tensor]
     group_step: Sequence[Tensor]
     group_sizes: Sequence[int]
     rounding: Sequence[int]
 
-    def states(self) -> dict[str, Sequence[Tensor]]:
-        """The lists that are written in the compute type."""
-        return {name: getattr(self, name) for name in NAMES}
+    @property
+    def is_packed(self) -> bool:
+        """Whether these are compact states."""
+        return "packed" in self.states
+
+    def like_parameter(self) -> list[str]:
+        """The lists of states that are there and have a parameter's shape."""
+        return [name for name, tensors in self.states.items() if tensors and name != "scale"]
+
+    def may_be_empty(self, name: str) -> bool:
+        """Whether a list of states may have no tensors."""
+        if name == "scale":  # of bfloat16 states there are none
+            return bool(self.states["packed"]) and self.states["packed"][0].dtype == torch.int64
+        return name in ("vmax", "maximum", "master")
+
+
+def row_length(theta: Tensor) -> int:
+    """Elements per index of dimension 0."""
+    return math.prod(theta.shape[1:])
+
+
+def blocks_per_row(theta: Tensor) -> int:
+    """Blocks of compact states; a row's last may be shorter."""
+    return -(-row_length(theta) // BLOCK.value)
 
 
 def check_dtype(tensor: Tensor, name: str, i: int) -> None:
@@ -69,7 +94,6 @@ def check_dtype(tensor: Tensor, name: str, i: int) -> None:
 
 def check_like_parameter(tensor: Tensor, theta: Tensor, name: str, i: int) -> None:
     """Raises unless its shape and device are theta's."""
-    check_dtype(tensor, name, i)
     if tensor.shape != theta.shape:
         raise ValueError(
             f"maxva: {name}[{i}] has shape {list(tensor.shape)}, its parameter has "
@@ -159,8 +183,8 @@ def check_arguments(
             f"maxva: {n} parameters, but {len(lists.g)} gradients and {len(lists.step)} step "
             f"counters"
         )
-    for name, tensors in lists.states().items():
-        if len(tensors) != n and not (name in ("vmax", "master") and not tensors):
+    for name, tensors in lists.states.items():
+        if len(tensors) != n and not (lists.may_be_empty(name) and not tensors):
             raise ValueError(f"maxva: {n} parameters, but {len(tensors)} of {NAMES[name]}")
     if len(hyper) != groups * HYPER_FIELDS or len(lr) != groups:
         raise ValueError(
@@ -184,10 +208,11 @@ def check_arguments(
         check_table(norms, "norms", n, 2, device)
     if statistics is not None:
         check_table(statistics, "statistics", n, NUM_STATISTICS.value, device)
-    if lists.rounding and len(lists.rounding) != n * ROUNDING_FIELDS.value:
+    may_be_empty = not lists.is_packed and not lists.rounding
+    if len(lists.rounding) != n * ROUNDING_FIELDS.value and not may_be_empty:
         raise ValueError(
-            f"maxva: rounding must be empty or {n} rows of {ROUNDING_FIELDS.value}, has "
-            f"{len(lists.rounding)} entries"
+            f"maxva: rounding must be {'' if lists.is_packed else 'empty or '}{n} rows of "
+            f"{ROUNDING_FIELDS.value}, has {len(lists.rounding)} entries"
         )
 
 
@@ -201,32 +226,89 @@ def check_tensors(lists: TensorLists) -> None:
                 f"maxva: parameter {i} is on {theta.device}, parameter 0 is on {device}"
             )
         check_writable(theta, f"parameter {i}")
+        check_dtype(lists.g[i], "gradient", i)
         check_like_parameter(lists.g[i], theta, "gradient", i)
-        state_dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-        for name, tensors in lists.states().items():
-            if not tensors:
-                continue
-            check_like_parameter(tensors[i], theta, NAMES[name], i)
-            if tensors[i].dtype != state_dtype:
-                raise TypeError(
-                    f"maxva: {NAMES[name]}[{i}] is {tensors[i].dtype}, must be {state_dtype} for "
-                    f"a parameter of {theta.dtype}"
-                )
+        check_states = _check_packed_states if lists.is_packed else _check_float_states
+        check_states(lists, i)
         check_one_element(lists.step[i], "step", torch.float32, device)
     for i, row in enumerate(rows_of(lists.rounding)):
-        if row.is_stochastic() and not (
-            lists.theta[i].dtype == torch.bfloat16
-            and not lists.master
-            and row.offset >= 0
-            and row.inner_local > 0
-            and row.inner_global >= 0
-        ):
-            raise ValueError(
-                f"maxva: rounding[{i}] is for a bfloat16 parameter without master weights, with "
-                f"offset >= 0 and positive inner sizes"
-            )
+        _check_rounding(lists, i, row)
     for step in lists.group_step:
         check_one_element(step, "group step", torch.int32, device)
+
+
+def _check_float_states(lists: TensorLists, i: int) -> None:
+    theta = lists.theta[i]
+    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    for name, tensors in lists.states.items():
+        if not tensors:
+            continue
+        check_dtype(tensors[i], NAMES[name], i)
+        check_like_parameter(tensors[i], theta, NAMES[name], i)
+        if tensors[i].dtype != dtype:
+            raise TypeError(
+                f"maxva: {NAMES[name]}[{i}] is {tensors[i].dtype}, must be {dtype} for a parameter "
+                f"of {theta.dtype}"
+            )
+
+
+def _check_packed_states(lists: TensorLists, i: int) -> None:
+    theta, states = lists.theta[i], lists.states
+    if theta.dtype == torch.float64:
+        raise TypeError(f"maxva: parameter {i} is float64, which has no compact states")
+    if theta.dim() == 0 or not is_dense(theta) or not _rows_are_outermost(theta):
+        raise ValueError(
+            f"maxva: parameter {i} of shape {list(theta.shape)} and strides "
+            f"{list(theta.stride())} must be dense with dimension 0 outermost to have compact "
+            f"states; make it contiguous first"
+        )
+    word = states["packed"][0].dtype
+    if word not in MAXIMUM_DTYPES:
+        raise TypeError(f"maxva: maxva_packed[0] is {word}, must be torch.int32 or torch.int64")
+    dtypes = {"packed": word, "maximum": MAXIMUM_DTYPES[word], "master": torch.float32}
+    for name, dtype in dtypes.items():
+        if not states[name]:
+            continue
+        tensor = states[name][i]
+        if tensor.dtype != dtype or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"maxva: {NAMES[name]}[{i}] is {tensor.dtype}, {tensor.layout}, must be {dtype}, "
+                f"strided"
+            )
+        check_like_parameter(tensor, theta, NAMES[name], i)
+        # of another order of elements blocks would be others
+        if name != "master" and not _same_layout(theta, tensor):
+            raise ValueError(
+                f"maxva: {NAMES[name]}[{i}] has strides {list(tensor.stride())}, its parameter has "
+                f"{list(theta.stride())}"
+            )
+    if states["scale"]:
+        scale, shape = states["scale"][i], (theta.shape[0], blocks_per_row(theta))
+        if word != torch.int32:
+            raise ValueError("maxva: int64 maxva_packed has no maxva_scale")
+        if scale.dtype != torch.int32 or scale.shape != shape or not scale.is_contiguous():
+            raise ValueError(
+                f"maxva: maxva_scale[{i}] is {scale.dtype} {list(scale.shape)}, must be contiguous "
+                f"torch.int32 {list(shape)}, a word per block of {BLOCK.value} elements"
+            )
+        if scale.device != theta.device:
+            raise ValueError(
+                f"maxva: maxva_scale[{i}] is on {scale.device}, its parameter is on {theta.device}"
+            )
+
+
+def _check_rounding(lists: TensorLists, i: int, row: Rounding) -> None:
+    if lists.is_packed and not row.has_bits():
+        raise ValueError(
+            f"maxva: rounding[{i}] has no random bits (parameter {row.parameter}); compact states "
+            f"need them"
+        )
+    counted = row.offset >= 0 and row.inner_local > 0 and row.inner_global >= 0
+    if row.has_bits() and not counted:
+        raise ValueError(f"maxva: rounding[{i}] needs offset >= 0 and positive inner sizes")
+    low = lists.theta[i].dtype == torch.bfloat16 and not lists.states["master"]
+    if row.is_stochastic() and not low:
+        raise ValueError(f"maxva: rounding[{i}] is for a bfloat16 parameter without master weights")
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -238,6 +320,11 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _rows_are_outermost(tensor: Tensor) -> bool:
+    """Of a dense tensor: whether row after row of dimension 0 lies in memory."""
+    return tensor.shape[0] <= 1 or tensor.stride(0) == row_length(tensor)
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -254,21 +341,25 @@ class LayoutFitter:
     """
 
     def __init__(self, lists: TensorLists, gradient_written: bool) -> None:
-        written = dict(lists.states(), gradient=lists.g) if gradient_written else lists.states()
+        written = dict(lists.states, gradient=lists.g) if gradient_written else lists.states
         for name, tensors in written.items():
             for i, tensor in enumerate(tensors):
                 check_writable(tensor, f"{NAMES.get(name, name)}[{i}]")
         self._copies: list[tuple[Tensor, Tensor]] = []
-        fitted = {field.name: list(getattr(lists, field.name)) for field in fields(lists)}
+        fitted = replace(
+            lists,
+            theta=list(lists.theta),
+            g=list(lists.g),
+            states={name: list(tensors) for name, tensors in lists.states.items()},
+        )
         for i, theta in enumerate(lists.theta):
             if not is_dense(theta):
-                fitted["theta"][i] = self._copied_back(theta, theta.contiguous())
-            theta = fitted["theta"][i]
-            fitted["g"][i] = self._like(theta, lists.g[i], gradient_written)
-            for name, tensors in lists.states().items():
-                if tensors:
-                    fitted[name][i] = self._like(theta, tensors[i], True)
-        self.lists = TensorLists(**fitted)
+                fitted.theta[i] = self._copied_back(theta, theta.contiguous())
+            theta = fitted.theta[i]
+            fitted.g[i] = self._like(theta, lists.g[i], gradient_written)
+            for name in lists.like_parameter():
+                fitted.states[name][i] = self._like(theta, lists.states[name][i], True)
+        self.lists = fitted
 
     def _like(self, theta: Tensor, tensor: Tensor, written: bool) -> Tensor:
         if _same_layout(theta, tensor):
@@ -291,7 +382,7 @@ class LayoutFitter:
 
 def needs_fitting(lists: TensorLists) -> bool:
     """Whether any tensor has to go through a temporary."""
-    others = [lists.g, *(tensors for tensors in lists.states().values() if tensors)]
+    others = [lists.g, *(lists.states[name] for name in lists.like_parameter())]
     return any(
         not is_dense(theta) or any(not _same_layout(theta, tensors[i]) for tensors in others)
         for i, theta in enumerate(lists.theta)

@@ -21,10 +21,15 @@ def to_compute(x, T: tl.constexpr):
 
 
 @triton.jit
+def upper_half_bits(x, bits):
+    """uint32: the upper half of bits; a NaN's where x is."""
+    return tl.where(x != x, 0x7FC0, bits >> 16)
+
+
+@triton.jit
 def upper_half(x, bits):
     """The bfloat16 of the upper half of bits; NaN where x is."""
-    rounded = tl.where(x != x, 0x7FC0, bits >> 16).to(tl.uint16)
-    return rounded.to(tl.bfloat16, bitcast=True)
+    return upper_half_bits(x, bits).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

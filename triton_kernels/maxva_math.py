@@ -7,14 +7,25 @@ Launched with enable_fp_fusion=False, so that nothing is contracted but what is 
 and with correctly rounded division and root: the bits are those of the C++ kernels on hardware with
 fused multiply-add. Triton's interpreter rounds tl.fma once from 3.9 on, twice before; its results
 then differ in the last bits, within the rule for exactness.
+
+Compact states, whose codes keep few digits and whose step is bound by instructions, take the
+hardware's own reciprocal and root (FAST), a bit or two off.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+
+# How divisions and roots are made. FAST counts divisors below 2^-126 as 0. NONZERO: FAST, and
+# normalize() is known to find none.
+EXACT = tl.constexpr(0)
+FAST = tl.constexpr(1)
+NONZERO = tl.constexpr(2)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 MADAM = tl.constexpr(0)
 LAMADAM = tl.constexpr(1)
@@ -28,21 +39,46 @@ class Normalizer(NamedTuple):
 
 
 @triton.jit
-def square_root(x):
-    """Correctly rounded: tl.sqrt is approximate in float32, for which alone sqrt_rn exists."""
-    if x.dtype == tl.float64:
+def square_root(x, OPS: tl.constexpr = EXACT):
+    """EXACT: tl.sqrt is approximate in float32, for which alone sqrt_rn exists."""
+    if x.dtype == tl.float64 or OPS != EXACT:
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
 
 
+# whether kernels become PTX: neither interpreted nor for ROCm
+PTX = tl.constexpr(
+    isinstance(square_root, triton.runtime.JITFunction) and torch.version.hip is None
+)
+
+
 @triton.jit
-def divide(x, y):
-    """Correctly rounded: `/` is approximate in float32, for which alone div_rn exists."""
-    if x.dtype == tl.float64:
+def reciprocal(x):
+    """Approximate, of float32."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def divide(x, y, OPS: tl.constexpr = EXACT):
+    """EXACT: `/` is approximate in float32, for which alone div_rn exists."""
+    if OPS != EXACT:
+        return x * reciprocal(y)
+    elif x.dtype == tl.float64:
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def is_zero(divisor, OPS: tl.constexpr):
+    """Whether nothing can be divided by it."""
+    return divisor == 0 if OPS == EXACT else divisor < SMALLEST_NORMAL
 
 
 @triton.jit
@@ -50,6 +86,15 @@ def observed_gradient(g, theta, s):
     """The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay."""
     clipped = s.g_factor * g
     return tl.where(s.l2 == 0, clipped, tl.fma(s.l2, theta, clipped))
+
+
+@triton.jit
+def clipped_complement(c, w, s):
+    """1 - beta_t between its bounds, from the unclipped one."""
+    c = tl.where(c < s.c_max, c, s.c_max)  # 0/0 compares false and becomes beta_low
+    c = tl.where(c > s.c_min, c, s.c_min)
+    # the first observation of this coordinate, whatever the step
+    return tl.where(w == 0, s.c_init, c)
 
 
 @triton.jit
@@ -65,10 +110,7 @@ def observe(g, u, v, w, s):
     excess = tl.fma(v, w * s.range_squared, -(us * us))
     var = tl.where(excess > 0, excess, 0.0)
     numerator = w * tl.fma(s.delta, w, d - var)
-    c = divide(numerator, numerator + (d + var))
-    c = tl.where(c < s.c_max, c, s.c_max)  # 0/0 compares false and becomes beta_low
-    c = tl.where(c > s.c_min, c, s.c_min)
-    c = tl.where(w == 0, s.c_init, c)  # the first observation of this coordinate, whatever the step
+    c = clipped_complement(divide(numerator, numerator + (d + var)), w, s)
     u = tl.fma(c, g - u, u)
     v = tl.fma(c, tl.fma(g, g, -v), v)
     w = tl.fma(c, 1.0 - w, w)
@@ -76,45 +118,69 @@ def observe(g, u, v, w, s):
 
 
 @triton.jit
-def normalize(normalizer, x):
-    """One division per use."""
-    ratio = divide(x * normalizer.numerator_scale, normalizer.denominator)
-    # eps = 0: v is 0, so is x, and so is the update
-    return tl.where(normalizer.denominator == 0, 0.0, ratio)
+def observe_centered(g, mean, var, w, s):
+    """`observe` of states kept as mean = u/w and var = v/w - mean^2, for compact states.
+
+    s has range 1. With lambda = (1 - beta_t) / w of the moved w, Eq. 2-4 move the mean by lambda
+    times the deviation, and no difference of large numbers is taken.
+    """
+    deviation = g - mean
+    d = deviation * deviation
+    numerator = tl.fma(w, d - var, s.delta)
+    c = clipped_complement(divide(numerator, numerator + (d + var), FAST), w, s)
+    w = tl.fma(c, 1.0 - w, w)
+    inverse = reciprocal(w)
+    share = c * inverse
+    # corrected, it is 1 where c is w, and never more: var would turn negative
+    share = tl.fma(tl.fma(-w, share, c), inverse, share)
+    mean = tl.fma(share, deviation, mean)
+    var = (1.0 - share) * tl.fma(share, d, var)
+    return mean, var, w, c
 
 
 @triton.jit
-def make_normalizer(v, w, vmax, s, AMSGRAD: tl.constexpr):
+def normalize(normalizer, x, OPS: tl.constexpr = EXACT):
+    """One division per use."""
+    ratio = divide(x * normalizer.numerator_scale, normalizer.denominator, OPS)
+    if OPS == NONZERO:
+        return ratio
+    else:
+        # eps = 0: v is 0, so is x, and so is the update
+        return tl.where(is_zero(normalizer.denominator, OPS), 0.0, ratio)
+
+
+@triton.jit
+def make_normalizer(v, w, vmax, s, AMSGRAD: tl.constexpr, OPS: tl.constexpr = EXACT):
     """See Note [Multiplied through by w] for ws = w * range."""
     if AMSGRAD:
-        return Normalizer(tl.full(v.shape, 1.0, v.dtype), square_root(vmax + s.eps_inside) + s.eps)
+        root = square_root(vmax + s.eps_inside, OPS)
+        return Normalizer(tl.full(v.shape, 1.0, v.dtype), root + s.eps)
     else:
         ws = w * s.range
         radicand = tl.where(s.eps_inside == 0, v, tl.fma(s.eps_inside, w, v))
-        root = square_root(radicand * (w * s.range_squared))
+        root = square_root(radicand * (w * s.range_squared), OPS)
         return Normalizer(ws, tl.fma(s.eps, ws, root))
 
 
 @triton.jit
-def track_maximum(v, w, vmax):
+def track_maximum(vhat, vmax):
     """amsgrad: the maximum of the bias-corrected second moment v/w."""
-    vhat = divide(v, w)
     return tl.where(vmax > vhat, vmax, vhat)
 
 
 @triton.jit
-def accumulate_momentum(g, m, normalizer, s, ALGORITHM: tl.constexpr):
+def accumulate_momentum(g, m, normalizer, s, ALGORITHM: tl.constexpr, OPS: tl.constexpr = EXACT):
     """m: of the gradient in MAdam (Alg. 1), of the normalised one in LaMAdam (Alg. 2)."""
-    x = g if ALGORITHM == MADAM else normalize(normalizer, g)
+    x = g if ALGORITHM == MADAM else normalize(normalizer, g, OPS)
     return tl.fma(s.one_minus_alpha, x - m, m)
 
 
 @triton.jit
-def direction(g, m, normalizer, s, ALGORITHM: tl.constexpr):
+def direction(g, m, normalizer, s, ALGORITHM: tl.constexpr, OPS: tl.constexpr = EXACT):
     """The update direction before bias correction, from states that have been moved."""
-    x = g if ALGORITHM == MADAM else normalize(normalizer, g)
+    x = g if ALGORITHM == MADAM else normalize(normalizer, g, OPS)
     looked_ahead = tl.where(s.nesterov_x == 0, m, tl.fma(s.nesterov_x, x, s.nesterov_m * m))
-    return normalize(normalizer, looked_ahead) if ALGORITHM == MADAM else looked_ahead
+    return normalize(normalizer, looked_ahead, OPS) if ALGORITHM == MADAM else looked_ahead
 
 
 @triton.jit

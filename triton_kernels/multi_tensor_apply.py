@@ -1,8 +1,8 @@
 """The update of many tensors in one launch: programs over chunks of tensors found by address.
 
-    make_scalars_kernel (a lane per tensor) -> update_kernel (a program per chunk)
-    -> add_sums_kernel (norms, statistics: a program per tensor and field)
-    -> count_kernel (a lane per counter)
+    make_scalars_kernel (a lane per tensor) -> update_kernel (a program per chunk), or
+    update_packed_kernel of packed_update.py -> add_sums_kernel (norms, statistics: a program per
+    tensor and field) -> count_kernel (a lane per counter)
 
 Knows where tensors lie (tables.py), not what is computed (maxva_math.py). Nothing here depends on
 a value that changes from step to step at compile time, and nothing is autotuned: the update
@@ -67,18 +67,25 @@ LANES = tl.constexpr(128)
 
 # A row per tensor, int64: addresses, then what the traversal needs.
 THETA = tl.constexpr(0)
-M = tl.constexpr(1)
-U = tl.constexpr(2)
-V = tl.constexpr(3)
-W = tl.constexpr(4)
-VMAX = tl.constexpr(5)
-MASTER = tl.constexpr(6)
-STEP = tl.constexpr(7)
-NUMEL = tl.constexpr(8)
-FIRST_CHUNK = tl.constexpr(9)
-GROUP = tl.constexpr(10)
-INDEX = tl.constexpr(11)  # position in the caller's lists, and of the gradient's address
-ROW = tl.constexpr(12)
+VMAX = tl.constexpr(1)  # or its root's codes
+MASTER = tl.constexpr(2)
+STEP = tl.constexpr(3)
+NUMEL = tl.constexpr(4)
+FIRST_CHUNK = tl.constexpr(5)
+END_CHUNK = tl.constexpr(6)
+GROUP = tl.constexpr(7)
+INDEX = tl.constexpr(8)  # position in the caller's lists, and of the gradient's address
+# float32 and float64 states
+M = tl.constexpr(9)
+U = tl.constexpr(10)
+V = tl.constexpr(11)
+W = tl.constexpr(12)
+# packed states
+PACKED = tl.constexpr(9)
+SCALE = tl.constexpr(10)
+ROW_LENGTH = tl.constexpr(11)  # elements per index of dimension 0
+NUM_BLOCKS = tl.constexpr(12)
+ROW = tl.constexpr(13)
 
 # How a group's lr is given: in its row of hyper-parameters, or at an address.
 LR_ON_HOST = tl.constexpr(0)
@@ -113,7 +120,9 @@ def load_skip(control):
         "rows", "hyper", "lr_kinds", "lr_words", "control", "norms", "scalars",
     ],
 )  # fmt: skip
-def make_scalars_kernel(rows, hyper, lr_kinds, lr_words, control, norms, scalars, num_tensors):
+def make_scalars_kernel(
+    rows, hyper, lr_kinds, lr_words, control, norms, scalars, num_tensors, UNIT_RANGE: tl.constexpr
+):
     """Scalars of every tensor into the table [num_tensors, NUM_SCALARS] of the compute type.
 
     norms: float64 [n, 2] where the trust ratio is to be applied, else None.
@@ -137,7 +146,7 @@ def make_scalars_kernel(rows, hyper, lr_kinds, lr_words, control, norms, scalars
         theta_sum = tl.load(norm, mask=mask, other=0.0)
         update_sum = tl.load(norm + 1, mask=mask, other=0.0)
         trust = trust_ratio(h, theta_sum, update_sum)
-    s = make_scalars(h, lr, step.to(tl.float64) + 1.0, clip_factor, trust)
+    s = make_scalars(h, lr, step.to(tl.float64) + 1.0, clip_factor, trust, UNIT_RANGE)
     store_scalars(scalars + tensor * NUM_SCALARS, s, mask)
 
 
@@ -148,6 +157,59 @@ def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def load_parameter(theta_ptr, master_ptr, i, mask, T: tl.constexpr, HAS_MASTER: tl.constexpr):
+    """Elements i in the compute type; 0 outside mask (None: all are inside)."""
+    other = None if mask is None else 0.0
+    if HAS_MASTER:
+        return tl.load(master_ptr + i, mask=mask, other=other)
+    else:
+        return to_compute(tl.load(theta_ptr + i, mask=mask, other=other), T)
+
+
+@triton.jit
+def load_gradient(
+    g_ptr, i, mask, scale, T: tl.constexpr, G_DTYPE: tl.constexpr, PHASE: tl.constexpr
+):
+    """Elements i in the compute type, divided by scale unless that is None, and written back."""
+    other = None if mask is None else 0.0
+    g = to_compute(tl.load(g_ptr + i, mask=mask, other=other), T)
+    if scale is not None:
+        g = divide(g, scale)
+        # STATES leaves the scaled gradient for PARAMETERS, which writes it back
+        if PHASE != STATES:
+            tl.store(g_ptr + i, from_compute(g, G_DTYPE), mask=mask)
+    return g
+
+
+@triton.jit
+def sums_of_squares(theta, step, s, mask):
+    """float64 sums of a block's theta, which is 0 outside mask, and of its update."""
+    update = layer_update(theta, step, s).to(tl.float64)
+    if mask is not None:
+        update = tl.where(mask, update, 0.0)
+    return tl.sum(theta.to(tl.float64) * theta.to(tl.float64)), tl.sum(update * update)
+
+
+@triton.jit
+def store_parameter(
+    theta_ptr, master_ptr, i, mask, theta, s, words, THETA_DTYPE: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+):  # fmt: skip
+    """Elements i; words: random ones, or None to round to the nearest."""
+    # lr = 0 keeps the bits; a NaN's would not survive the conversion
+    moves = tl.broadcast_to(s.eta, theta.shape) != 0
+    if mask is not None:
+        moves = moves & mask
+    if HAS_MASTER:
+        tl.store(master_ptr + i, theta, mask=moves)
+    if words is None:
+        stored = from_compute(theta, THETA_DTYPE)
+    else:
+        stored = round_stochastically(theta, words)
+    tl.store(theta_ptr + i, stored, mask=moves)
 
 
 @triton.jit
@@ -171,7 +233,6 @@ def update_chunk(
     ALGORITHM: tl.constexpr,
     AMSGRAD: tl.constexpr,
     HAS_MASTER: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     COLLECT: tl.constexpr,
     PHASE: tl.constexpr,
     FULL: tl.constexpr,
@@ -179,8 +240,9 @@ def update_chunk(
 ):
     """Elements [begin, begin + n) of one tensor; FULL: n is CHUNK and all but g are aligned.
 
-    random: RandomBits, or None to round to the nearest. Returns the sums of squares of theta and of
-    the update, which the STATES phase needs, and with COLLECT the statistics that the phase sets.
+    scale: of the gradient, or None. random: RandomBits, or None to round to the nearest. Returns
+    the sums of squares of theta and of the update, which the STATES phase needs, and with COLLECT
+    the statistics that the phase sets.
     """
     theta_ptr = pointer_to(theta_address, THETA_DTYPE, FULL) + begin
     g_ptr = pointer_to(g_address, G_DTYPE, FULL and G_ALIGNED) + begin
@@ -199,28 +261,20 @@ def update_chunk(
         i = start + tl.arange(0, BLOCK)
         mask = None if FULL else i < n
         other = None if FULL else 0.0
-        if HAS_MASTER:
-            theta = tl.load(master_ptr + i, mask=mask, other=other)
-        else:
-            theta = to_compute(tl.load(theta_ptr + i, mask=mask, other=other), T)
-        g_raw = to_compute(tl.load(g_ptr + i, mask=mask, other=other), T)
+        theta = load_parameter(theta_ptr, master_ptr, i, mask, T, HAS_MASTER)
+        g_raw = load_gradient(g_ptr, i, mask, scale, T, G_DTYPE, PHASE)
         m = tl.load(m_ptr + i, mask=mask, other=other)
         u = tl.load(u_ptr + i, mask=mask, other=other)
         v = tl.load(v_ptr + i, mask=mask, other=other)
         w = tl.load(w_ptr + i, mask=mask, other=other)
         vmax = tl.load(vmax_ptr + i, mask=mask, other=other) if AMSGRAD else w
-        if HAS_SCALE:
-            g_raw = divide(g_raw, scale)
-            # STATES leaves the scaled gradient for PARAMETERS, which writes it back
-            if PHASE != STATES:
-                tl.store(g_ptr + i, from_compute(g_raw, G_DTYPE), mask=mask)
         g = observed_gradient(g_raw, theta, s)
         if PHASE != PARAMETERS:
             u, v, w, c = observe(g, u, v, w, s)
             if COLLECT:
                 statistics = add_observations(statistics, g_raw, c, s, mask)
             if AMSGRAD:
-                vmax = track_maximum(v, w, vmax)
+                vmax = track_maximum(divide(v, w), vmax)
         normalizer = make_normalizer(v, w, vmax, s, AMSGRAD)
         if PHASE != PARAMETERS:
             m = accumulate_momentum(g, m, normalizer, s, ALGORITHM)
@@ -232,27 +286,35 @@ def update_chunk(
                 tl.store(vmax_ptr + i, vmax, mask=mask)
         step = direction(g, m, normalizer, s, ALGORITHM)
         if PHASE == STATES:
-            update = layer_update(theta, step, s).to(tl.float64)
-            if not FULL:
-                update = tl.where(mask, update, 0.0)
-            theta_sum += tl.sum(theta.to(tl.float64) * theta.to(tl.float64), axis=0)
-            update_sum += tl.sum(update * update, axis=0)
+            theta_square, update_square = sums_of_squares(theta, step, s, mask)
+            theta_sum += theta_square
+            update_sum += update_square
         else:
             if COLLECT:
                 statistics = add_step_sizes(statistics, step, s, mask)
             theta = moved_parameter(theta, step, s)
-            # lr = 0 keeps the bits; a NaN's would not survive the conversion
-            moves = tl.broadcast_to(s.eta, (BLOCK,)) != 0
-            if not FULL:
-                moves = moves & mask
-            if HAS_MASTER:
-                tl.store(master_ptr + i, theta, mask=moves)
-            if random is None:
-                stored = from_compute(theta, THETA_DTYPE)
-            else:
-                stored = round_stochastically(theta, random_words(random, begin + i))
-            tl.store(theta_ptr + i, stored, mask=moves)
+            words = None if random is None else random_words(random, begin + i)
+            store_parameter(
+                theta_ptr, master_ptr, i, mask, theta, s, words, THETA_DTYPE, HAS_MASTER
+            )
     return theta_sum, update_sum, statistics
+
+
+@triton.jit
+def random_bits_of(row, rounding_row):
+    """RandomBits of the tensor of a row in this step."""
+    step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
+    return load_random_bits(rounding_row, tl.load(row + NUMEL), step.to(tl.float64) + 1.0)
+
+
+@triton.jit
+def store_sums(chunk, theta_sum, update_sum, sums, collected, statistics, PHASE: tl.constexpr):
+    """What a chunk adds to float64 [chunks, 2] and [chunks, NUM_STATISTICS] (or None)."""
+    if PHASE == STATES:
+        tl.store(sums + 2 * chunk.to(tl.int64), theta_sum)
+        tl.store(sums + 2 * chunk.to(tl.int64) + 1, update_sum)
+    if statistics is not None:
+        store_statistics(statistics + chunk.to(tl.int64) * NUM_STATISTICS, collected, PHASE)
 
 
 @triton.jit(
@@ -301,16 +363,12 @@ def update_kernel(
         vmax = tl.load(row + VMAX)
         master = tl.load(row + MASTER)
         s = load_scalars(scalars + tensor * NUM_SCALARS)
-        HAS_SCALE: tl.constexpr = grad_scale is not None
-        scale = tl.load(grad_scale).to(T) if HAS_SCALE else s.g_factor
+        scale = None if grad_scale is None else tl.load(grad_scale).to(T)
         COLLECT: tl.constexpr = statistics is not None
         if rounding is None:
             random = None
         else:
-            step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
-            random = load_random_bits(
-                rounding + tensor * ROUNDING_FIELDS, numel, step.to(tl.float64) + 1.0
-            )
+            random = random_bits_of(row, rounding + tensor * ROUNDING_FIELDS)
 
         # a gradient is a view into a bucket more often than not, at any address: its own branch
         aligned = ((theta | m | u | v | w | vmax | master) & 15) == 0
@@ -318,26 +376,22 @@ def update_kernel(
             if (g & 15) == 0:
                 theta_sum, update_sum, collected = update_chunk(
                     theta, g, m, u, v, w, vmax, master, begin, n, s, scale, random,
-                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE,
-                    COLLECT, PHASE, FULL=True, G_ALIGNED=True,
+                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, COLLECT,
+                    PHASE, FULL=True, G_ALIGNED=True,
                 )  # fmt: skip
             else:
                 theta_sum, update_sum, collected = update_chunk(
                     theta, g, m, u, v, w, vmax, master, begin, n, s, scale, random,
-                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE,
-                    COLLECT, PHASE, FULL=True, G_ALIGNED=False,
+                    THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, COLLECT,
+                    PHASE, FULL=True, G_ALIGNED=False,
                 )  # fmt: skip
         else:
             theta_sum, update_sum, collected = update_chunk(
                 theta, g, m, u, v, w, vmax, master, begin, n, s, scale, random,
-                THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, HAS_SCALE,
-                COLLECT, PHASE, FULL=False, G_ALIGNED=False,
+                THETA_DTYPE, G_DTYPE, T, ALGORITHM, AMSGRAD, HAS_MASTER, COLLECT,
+                PHASE, FULL=False, G_ALIGNED=False,
             )  # fmt: skip
-        if PHASE == STATES:
-            tl.store(sums + 2 * chunk.to(tl.int64), theta_sum)
-            tl.store(sums + 2 * chunk.to(tl.int64) + 1, update_sum)
-        if COLLECT:
-            store_statistics(statistics + chunk.to(tl.int64) * NUM_STATISTICS, collected, PHASE)
+        store_sums(chunk, theta_sum, update_sum, sums, collected, statistics, PHASE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "of_chunk", "control", "of_tensor"])
@@ -352,7 +406,7 @@ def add_sums_kernel(
     if not load_skip(control):
         row = rows + tl.program_id(0).to(tl.int64) * ROW
         first = tl.load(row + FIRST_CHUNK)
-        end = first + tl.cdiv(tl.load(row + NUMEL), CHUNK)
+        end = tl.load(row + END_CHUNK)
         field = FIRST_FIELD + tl.program_id(1)
         total = tl.zeros((LANES,), tl.float64)
         for start in range(first, end, LANES):

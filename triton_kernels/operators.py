@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import multi_tensor_apply as mta
-from . import norm
+from . import norm, packed_update
 from .checks import (
     DTYPES,
     LayoutFitter,
@@ -46,12 +46,15 @@ from .tables import (
 INTERPRETED = not isinstance(mta.update_kernel, triton.runtime.JITFunction)
 
 _TL_DTYPES = dict(zip(DTYPES, (tl.float32, tl.float64, tl.bfloat16, tl.float16), strict=True))
+_WORDS = {torch.int32: tl.int32, torch.int64: tl.int64}
 _ALGORITHMS = {"madam": MADAM.value, "lamadam": LAMADAM.value}
 # see Note [Rounding] in maxva_math.py
 _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion": False}
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
+# with these a multiprocessor has four programs, where nothing is spilled for it
+_PACKED_REGISTERS = 128
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
 # owned by the first parameter's counter, which lives as long as the optimizer's state
@@ -116,9 +119,76 @@ def update_(
     Raises:
         ValueError or TypeError: an argument does not fit. Nothing has been changed then.
     """
+    states = {"m": m, "u": u, "v": v, "w": w, "vmax": vmax, "master": master}
+    lists = TensorLists(theta, g, states, step, group_step, group_sizes, rounding)
+    _update(lists, hyper, lr, control, grad_scale, norms, statistics, algorithm, phase)
+
+
+def update_packed_(
+    theta: Sequence[Tensor],
+    g: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    maximum: Sequence[Tensor],
+    master: Sequence[Tensor],
+    step: Sequence[Tensor],
+    group_step: Sequence[Tensor],
+    group_sizes: Sequence[int],
+    hyper: Sequence[float],
+    lr: Sequence[Tensor | None],
+    control: Tensor | None,
+    grad_scale: Tensor | None,
+    norms: Tensor | None,
+    statistics: Tensor | None,
+    rounding: Sequence[int],
+    algorithm: str,
+    phase: int,
+) -> None:
+    """One step of parameters with compact states: those of compact.py instead of m, u, v, w.
+
+    Args:
+        theta: float32, bfloat16 or float16 parameters, dense with dimension 0 outermost.
+        g: as update_'s.
+        packed: a word per element in its parameter's layout, all int32 or all int64.
+        scale: int32 [size(0), blocks per row], a word per block, for int32 words; else empty.
+        maximum: roots of vmax in their parameter's layout, uint8 or (int64 words) bfloat16; or
+            empty.
+        master: as update_'s, and so the next ones.
+        step: float32 counters.
+        group_step: int32 counters, or empty.
+        group_sizes: how many consecutive parameters each group has.
+        hyper: rows, flat.
+        lr: per group a tensor or None.
+        control: or None.
+        grad_scale: or None.
+        norms: float64 [n, 2].
+        statistics: or None.
+        rounding: rows of `Rounding`, all of which have random bits.
+        algorithm: "madam" or "lamadam".
+        phase: 0, everything; 1, norms, and no state is changed; 2, everything, with the norms.
+
+    Raises:
+        ValueError or TypeError: an argument does not fit. Nothing has been changed then.
+    """
+    states = {"packed": packed, "scale": scale, "maximum": maximum, "master": master}
+    lists = TensorLists(theta, g, states, step, group_step, group_sizes, rounding)
+    _update(lists, hyper, lr, control, grad_scale, norms, statistics, algorithm, phase)
+
+
+def _update(
+    lists: TensorLists,
+    hyper: Sequence[float],
+    lr: Sequence[Tensor | None],
+    control: Tensor | None,
+    grad_scale: Tensor | None,
+    norms: Tensor | None,
+    statistics: Tensor | None,
+    algorithm: str,
+    phase: int,
+) -> None:
+    theta, g = lists.theta, lists.g
     if not theta:
         return
-    lists = TensorLists(theta, g, m, u, v, w, vmax, master, step, group_step, group_sizes, rounding)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"maxva: algorithm must be 'madam' or 'lamadam', is {algorithm!r}")
     check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
@@ -212,7 +282,7 @@ def _launch_update(
         mta.make_scalars_kernel[(triton.cdiv(c.num_tensors, mta.LANES.value),)](
             c.rows, hyper_words, lr_kinds, lr_words, control,
             norms if phase == PARAMETERS.value else None, scalars, c.num_tensors,
-            **_UPDATE_OPTIONS,
+            UNIT_RANGE=lists.is_packed, **_UPDATE_OPTIONS,
         )  # fmt: skip
         _launch_chunks(table, c, g_addresses, scalars, control, grad_scale, norms, statistics,
                        lists, algorithm, phase)  # fmt: skip
@@ -222,6 +292,12 @@ def _launch_update(
             table.steps, table.group_steps, control, n, len(lists.group_step), **_UPDATE_OPTIONS
         )
     del kept
+
+
+def _packed_options(amsgrad: bool, collect: bool) -> dict[str, Any]:
+    if amsgrad or collect or "maxnreg" not in _UPDATE_OPTIONS:
+        return _UPDATE_OPTIONS
+    return {**_UPDATE_OPTIONS, "maxnreg": _PACKED_REGISTERS}
 
 
 def _launch_chunks(
@@ -240,18 +316,35 @@ def _launch_chunks(
     squares = _chunk_sums(c, norms if phase == STATES.value else None)
     statistics_of_chunk = _chunk_sums(c, statistics)
     if c.num_chunks:
-        mta.update_kernel[(c.num_chunks,)](
+        arguments = (
             c.rows, g_addresses, c.chunk_tensor, scalars, control, grad_scale, squares,
-            statistics_of_chunk, c.rounding if phase != STATES.value else None,
-            THETA_DTYPE=_TL_DTYPES[c.theta_dtype],
-            G_DTYPE=_TL_DTYPES[c.g_dtype],
-            T=_TL_DTYPES[scalars.dtype],
-            ALGORITHM=algorithm,
-            AMSGRAD=bool(lists.vmax),
-            HAS_MASTER=bool(lists.master) and c.theta_dtype != torch.float64,
-            PHASE=phase,
-            **_UPDATE_OPTIONS,
+            statistics_of_chunk,
         )  # fmt: skip
+        options: dict[str, Any] = {
+            "THETA_DTYPE": _TL_DTYPES[c.theta_dtype],
+            "G_DTYPE": _TL_DTYPES[c.g_dtype],
+            "ALGORITHM": algorithm,
+            "HAS_MASTER": bool(lists.states["master"]) and c.theta_dtype != torch.float64,
+            "PHASE": phase,
+        }
+        if lists.is_packed:
+            amsgrad = bool(lists.states["maximum"])
+            packed_update.update_packed_kernel[(c.num_chunks,)](
+                *arguments, c.rounding,
+                WORD=_WORDS[lists.states["packed"][0].dtype],
+                AMSGRAD=amsgrad,
+                ROUND_THETA=c.is_stochastic,
+                **options,
+                **_packed_options(amsgrad, statistics is not None),
+            )  # fmt: skip
+        else:
+            mta.update_kernel[(c.num_chunks,)](
+                *arguments, c.rounding if phase != STATES.value else None,
+                T=_TL_DTYPES[scalars.dtype],
+                AMSGRAD=bool(lists.states["vmax"]),
+                **options,
+                **_UPDATE_OPTIONS,
+            )  # fmt: skip
     _add_sums(c, squares, control, norms, range(2))
     _add_sums(c, statistics_of_chunk, control, statistics, range_of_phase(phase))
 

@@ -43,7 +43,7 @@ def block_sum(x, mask):
     """float64, of the elements in mask (None: all), in a fixed order."""
     if mask is not None:
         x = tl.where(mask, x, 0.0)
-    return tl.sum(x, axis=0).to(tl.float64)
+    return tl.sum(x).to(tl.float64)
 
 
 @triton.jit

@@ -97,8 +97,11 @@ def power_of_two_near_inverse_root(c):
 
 
 @triton.jit
-def make_scalars(h, lr, t, clip_factor, trust):
-    """t: the number of updates including this one; trust: r of LAMB, 1 without."""
+def make_scalars(h, lr, t, clip_factor, trust, UNIT_RANGE: tl.constexpr):
+    """t: the number of updates including this one; trust: r of LAMB, 1 without.
+
+    UNIT_RANGE: range is 1, for `observe_centered`, which multiplies nothing by w.
+    """
     # alpha^t by exp and log: its error, t |log alpha| alpha^t 2^-53, is below half a unit of 1
     corrected = (h.bias_correction != 0) & (h.alpha != 0)
     power = tl.exp(t * tl.log(tl.where(corrected, h.alpha, 0.5)))
@@ -106,7 +109,10 @@ def make_scalars(h, lr, t, clip_factor, trust):
     c_init = 1.0 - h.beta_init
     lambda_decoupled = tl.where(h.adam_w_mode != 0, h.weight_decay, 0.0)
     nesterov = h.nesterov != 0
-    range_ = power_of_two_near_inverse_root(c_init)
+    if UNIT_RANGE:
+        range_ = tl.full(c_init.shape, 1.0, tl.float64)
+    else:
+        range_ = power_of_two_near_inverse_root(c_init)
     return Scalars(
         g_factor=tl.where(h.maximize != 0, -clip_factor, clip_factor),
         l2=tl.where(h.adam_w_mode != 0, 0.0, h.weight_decay),
@@ -137,8 +143,8 @@ def store_scalars(row, s, mask):
 
 
 @triton.jit
-def load_scalars(row):
-    """One tensor's scalars, in the compute type."""
+def load_scalars(row, UNIT_RANGE: tl.constexpr = False):
+    """One tensor's scalars, in the compute type; UNIT_RANGE as they were made."""
     return Scalars(
         g_factor=tl.load(row + 0),
         l2=tl.load(row + 1),
@@ -149,8 +155,8 @@ def load_scalars(row):
         c_init=tl.load(row + 6),
         c_min=tl.load(row + 7),
         c_max=tl.load(row + 8),
-        range=tl.load(row + 9),
-        range_squared=tl.load(row + 10),
+        range=1.0 if UNIT_RANGE else tl.load(row + 9),
+        range_squared=1.0 if UNIT_RANGE else tl.load(row + 10),
         delta=tl.load(row + 11),
         eps=tl.load(row + 12),
         eps_inside=tl.load(row + 13),
@@ -158,6 +164,41 @@ def load_scalars(row):
         step_size=tl.load(row + 15),
         decay=tl.load(row + 16),
         eta=tl.load(row + 17),
+    )
+
+
+# a root at least so large needs no test for 0
+SAFE_EPS = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def are_plain(s):
+    """Whether the options that few use are off, and no divisor is 0."""
+    return (s.l2 == 0) & (s.nesterov_x == 0) & (s.eps_inside == 0) & (s.eps >= SAFE_EPS)
+
+
+@triton.jit
+def plain_scalars(s):
+    """What `are_plain` knows, known to the compiler."""
+    return Scalars(
+        g_factor=s.g_factor,
+        l2=0.0,
+        decoupled=s.decoupled,
+        one_minus_alpha=s.one_minus_alpha,
+        nesterov_m=1.0,
+        nesterov_x=0.0,
+        c_init=s.c_init,
+        c_min=s.c_min,
+        c_max=s.c_max,
+        range=s.range,
+        range_squared=s.range_squared,
+        delta=s.delta,
+        eps=s.eps,
+        eps_inside=0.0,
+        bias_correction=s.bias_correction,
+        step_size=s.step_size,
+        decay=s.decay,
+        eta=s.eta,
     )
 
 

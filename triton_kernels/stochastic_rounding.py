@@ -1,4 +1,4 @@
-"""Stochastic rounding of bfloat16 parameters: csrc/stochastic_rounding.h.
+"""Stochastic rounding of bfloat16 parameters and compact states: csrc/stochastic_rounding.h.
 
 Note [Random bits] there says which random word an element gets.
 """
@@ -22,13 +22,18 @@ class Rounding(NamedTuple):
     offset: int
     inner_local: int
     inner_global: int
+    theta: int
 
-    def is_stochastic(self) -> bool:
-        """Whether it is not to the nearest."""
+    def has_bits(self) -> bool:
+        """Whether its elements have random words."""
         return self.parameter >= 0
 
+    def is_stochastic(self) -> bool:
+        """Whether theta is not rounded to the nearest."""
+        return self.has_bits() and self.theta != 0
 
-NEAREST = Rounding(seed=0, parameter=-1, offset=0, inner_local=1, inner_global=1)
+
+NEAREST = Rounding(seed=0, parameter=-1, offset=0, inner_local=1, inner_global=1, theta=0)
 ROUNDING_FIELDS = tl.constexpr(len(Rounding._fields))
 
 
@@ -75,18 +80,43 @@ def words_of_call(random, call):
 
 
 @triton.jit
+def element_of_whole(random, i):
+    """What elements i (int64) of a shard are of the whole parameter."""
+    e = i + random.offset
+    if not random.in_a_row:
+        e += i // random.inner_local * (random.inner_global - random.inner_local)
+    return e
+
+
+@triton.jit
 def random_words(random, i):
     """The uint32 words of elements i (int64) of a shard.
 
     Of the four words of a call one is taken: elements that share a call may lie in different
     threads, and a kernel that waits for memory has the time.
     """
-    e = i + random.offset
-    if not random.in_a_row:
-        e += i // random.inner_local * (random.inner_global - random.inner_local)
+    e = element_of_whole(random, i)
     x0, x1, x2, x3 = words_of_call(random, e >> 2)
     is_odd = (e & 1) != 0
     return tl.where((e & 2) == 0, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
+
+
+@triton.jit
+def shares_calls(random):
+    """Whether elements 4 k to 4 k + 3 of a shard, inside a row, have the words of one call."""
+    inner = tl.where(random.in_a_row, 0, random.inner_local | random.inner_global)
+    return ((random.offset | inner) & 3) == 0
+
+
+@triton.jit
+def random_words_by_fours(random, i):
+    """The uint32 words [.., 4 n] of elements i to i + 3, for i (int64 [.., n]) divisible by 4.
+
+    Where `shares_calls`: a thread then has the four words of a call, and makes a quarter of them.
+    """
+    x0, x1, x2, x3 = words_of_call(random, element_of_whole(random, i) >> 2)
+    words = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return words.reshape(i.shape[0], 4 * i.shape[1])
 
 
 @triton.jit

@@ -4,7 +4,8 @@ Note [Stale tables]
 A table is found by comparing everything it was built from with what is there now: address, layout
 and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. Where all
 are contiguous, a layout is the number of elements, which takes half the time to ask for; else it is
-sizes and strides. Rows of rounding are the same in every step.
+sizes and strides. Packed states also depend on the sizes, as rows do. Rows of rounding are the same
+in every step.
 What may differ in every step without such a move (the gradients' addresses, learning rates and
 hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
 
@@ -26,9 +27,22 @@ import torch
 from torch import Tensor
 
 from . import multi_tensor_apply as mta
-from . import norm
-from .checks import DTYPES, NAMES, TensorLists
+from . import norm, packed_update
+from .checks import DTYPES, TensorLists, blocks_per_row, row_length
 from .stochastic_rounding import NEAREST, rows_of
+
+#: Where a row has the addresses of a list of states.
+_COLUMNS = {
+    "m": mta.M,
+    "u": mta.U,
+    "v": mta.V,
+    "w": mta.W,
+    "vmax": mta.VMAX,
+    "packed": mta.PACKED,
+    "scale": mta.SCALE,
+    "maximum": mta.VMAX,
+    "master": mta.MASTER,
+}
 
 #: Tables kept per owner: subsets of parameters that take turns in having gradients.
 _MAX_TABLES = 4
@@ -50,17 +64,19 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def signature(lists: TensorLists) -> list[Any]:
     """Everything that a table of the update is built from; see Note [Stale tables]."""
-    walked = (lists.theta, lists.m, lists.u, lists.v, lists.w, lists.vmax, lists.master)
+    walked = (lists.theta, *lists.states.values())
     contiguous = all(all(map(_is_contiguous, tensors)) for tensors in (lists.g, *walked))
     found: list[Any] = [
-        lists.theta[0].device, list(lists.group_sizes), list(lists.rounding), contiguous
+        lists.theta[0].device, list(lists.group_sizes), list(lists.rounding), contiguous,
+        list(lists.states),
     ]  # fmt: skip
     for tensors in walked:
         found.append(addresses(tensors))
         found.append(list(map(_dtype, tensors)))
         found.append(list(map(_numel, tensors)))
-        if not contiguous:
+        if not contiguous or lists.is_packed:
             found.append(list(map(_size, tensors)))
+        if not contiguous:
             found.append(list(map(_stride, tensors)))
     for tensors in (lists.step, lists.group_step):
         found.append(addresses(tensors))
@@ -169,13 +185,13 @@ class _Table:
         return stream.cuda_stream
 
 
-def _chunk_map(numels: Sequence[int], chunk: int) -> tuple[list[int], list[int]]:
-    """First chunk of every tensor, and the tensor of every chunk."""
-    first, tensor_of = [], []
-    for i, numel in enumerate(numels):
-        first.append(len(tensor_of))
-        tensor_of += [i] * (-(-numel // chunk))
-    return first, tensor_of
+def _chunk_map(units: Sequence[int], chunk: int) -> tuple[list[int], list[int]]:
+    """The chunk after the last of every tensor of so many units, and the tensor of every chunk."""
+    ends, tensor_of = [], []
+    for i, count in enumerate(units):
+        tensor_of += [i] * (-(-count // chunk))
+        ends.append(len(tensor_of))
+    return ends, tensor_of
 
 
 @dataclass
@@ -184,13 +200,16 @@ class Combination:
 
     Attributes:
         rows: int64 [num_tensors, ROW] of multi_tensor_apply.py.
-        rounding: int64 [num_tensors, ROUNDING_FIELDS] of stochastic_rounding.py; None: to nearest.
+        is_stochastic: theta is not rounded to the nearest.
+        rounding: int64 [num_tensors, ROUNDING_FIELDS] of stochastic_rounding.py; None: nothing has
+            random bits.
         chunk_tensor: int32 [num_chunks], the row of each chunk's tensor.
     """
 
     theta_dtype: torch.dtype
     g_dtype: torch.dtype
     rows: Tensor
+    is_stochastic: bool
     rounding: Tensor | None
     chunk_tensor: Tensor
     num_tensors: int
@@ -222,13 +241,16 @@ class UpdateTable(_Table):
     def _build(self, lists: TensorLists, uploads: Uploads) -> None:
         n = len(lists.theta)
         columns = {mta.THETA.value: addresses(lists.theta)}
-        for field, name in zip(
-            (mta.M, mta.U, mta.V, mta.W, mta.VMAX, mta.MASTER), NAMES, strict=True
-        ):
-            tensors = getattr(lists, name)
-            columns[field.value] = addresses(tensors) if tensors else [0] * n
+        for name, tensors in lists.states.items():
+            columns[_COLUMNS[name].value] = addresses(tensors) if tensors else [0] * n
+        columns[mta.NUMEL.value] = units = [theta.numel() for theta in lists.theta]
+        chunk = mta.CHUNK.value
+        if lists.is_packed:
+            columns[mta.ROW_LENGTH.value] = list(map(row_length, lists.theta))
+            units = [theta.shape[0] * blocks_per_row(theta) for theta in lists.theta]
+            columns[mta.NUM_BLOCKS.value] = units
+            chunk = packed_update.CHUNK_BLOCKS.value
         columns[mta.STEP.value] = addresses(lists.step)
-        columns[mta.NUMEL.value] = [theta.numel() for theta in lists.theta]
         columns[mta.GROUP.value] = [
             group for group, size in enumerate(lists.group_sizes) for _ in range(size)
         ]
@@ -239,21 +261,20 @@ class UpdateTable(_Table):
             kind = theta.dtype, g.dtype, rounding[i].is_stochastic()
             members.setdefault(kind, []).append(i)
         for (theta_dtype, g_dtype, is_stochastic), indices in members.items():
-            first, tensor_of = _chunk_map(
-                [columns[mta.NUMEL.value][i] for i in indices], mta.CHUNK.value
-            )
+            ends, tensor_of = _chunk_map([units[i] for i in indices], chunk)
             words: list[int] = []
-            for position, i in enumerate(indices):
+            for first, end, i in zip([0, *ends], ends, indices, strict=False):
                 row = {field: column[i] for field, column in columns.items()}
-                row[mta.FIRST_CHUNK.value] = first[position]
+                row[mta.FIRST_CHUNK.value], row[mta.END_CHUNK.value] = first, end
                 words += [row[field] for field in range(mta.ROW.value)]
             self.combinations.append(
                 Combination(
                     theta_dtype,
                     g_dtype,
                     uploads.copy(words),
+                    is_stochastic,
                     uploads.copy([word for i in indices for word in rounding[i]])
-                    if is_stochastic
+                    if is_stochastic or lists.is_packed
                     else None,
                     uploads.copy(tensor_of, torch.int32),
                     len(indices),
@@ -284,10 +305,10 @@ class NormTable(_Table):
         self.combinations: list[NormCombination] = []
         for g_dtype in dict.fromkeys(dtypes):
             indices = [i for i, dtype in enumerate(dtypes) if dtype == g_dtype]
-            first, tensor_of = _chunk_map([numels[i] for i in indices], norm.NORM_CHUNK.value)
+            ends, tensor_of = _chunk_map([numels[i] for i in indices], norm.NORM_CHUNK.value)
             words: list[int] = []
-            for position, i in enumerate(indices):
-                words += [numels[i], first[position], i]
+            for first, i in zip([0, *ends], indices, strict=False):
+                words += [numels[i], first, i]
             self.combinations.append(
                 NormCombination(
                     g_dtype,
