@@ -15,7 +15,12 @@ static_assert(kBlock == kStateBlock);
 // Note [Whole blocks]
 // All loops run over a whole block, so that their length is known; the shorter end of a row is
 // copied into buffers with zeros behind it. Those change no maximum of the block: a state and a
-// gradient of 0 stay 0.
+// gradient of 0 stay 0. (Unrolled, the loops would outgrow the cache of decoded instructions.)
+#if defined(__clang__)
+#define MAXVA_WHOLE_BLOCK MAXVA_VECTORIZE
+#else
+#define MAXVA_WHOLE_BLOCK MAXVA_VECTORIZE _Pragma("GCC unroll 1")
+#endif
 
 // What a block's states are in between.
 struct Moments {
@@ -37,7 +42,7 @@ MAXVA_INLINE void decode_int8(const uint32_t* __restrict packed, uint32_t expone
   float* __restrict mean = moments.mean;
   float* __restrict var = moments.sd;
   float* __restrict w = moments.w;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const uint32_t word = packed[i];
     const float mean_i = decoded_signed<1>(word, of_mean);
@@ -56,7 +61,7 @@ MAXVA_INLINE void decode_bfloat16(const uint32_t* __restrict packed, Moments& mo
   float* __restrict mean = moments.mean;
   float* __restrict var = moments.sd;
   float* __restrict w = moments.w;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const uint32_t low = packed[2 * i], high = packed[2 * i + 1];
     const float mean_i = float_from_bits(low & 0xFFFF0000u), sd = float_from_bits(high << 16);
@@ -74,7 +79,7 @@ template <Packing kPacking>
 MAXVA_INLINE void decode_maximum(const StoredMaximum<kPacking>* __restrict maximum,
                                  uint32_t exponent, float* __restrict vmax) {
   const DecodingScale scale = decoding_scale(exponent);
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     float root;
     if constexpr (kPacking == Packing::kInt8) {
@@ -100,7 +105,7 @@ MAXVA_INLINE Largest finish_block(Moments& moments) {
   const float* __restrict mean = moments.mean;
   float* __restrict sd = moments.sd;
   int32_t of_r = 0, of_mean = 0, of_sd = 0;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const float sd_i = std::sqrt(sd[i]);
     const float r = in_units<kAlgorithm, Ops>(m[i], mean[i], sd_i);
@@ -140,7 +145,7 @@ MAXVA_INLINE void encode_int8(const Moments& moments, uint32_t exponents,
   const float* __restrict mean = moments.mean;
   const float* __restrict sd = moments.sd;
   const float* __restrict w = moments.w;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const uint32_t sd_code = kFinite ? encoded_unsigned<Ops>(sd[i], for_sd, words[i])
                                      : encoded_unsigned_or_nan<Ops>(sd[i], for_sd, words[i]);
@@ -158,7 +163,7 @@ MAXVA_INLINE void encode_bfloat16(const Moments& moments, const uint32_t* __rest
   const float* __restrict mean = moments.mean;
   const float* __restrict sd = moments.sd;
   const float* __restrict w = moments.w;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const float x = folded_weight(w[i]);
     if constexpr (kFinite) {
@@ -178,28 +183,28 @@ template <Packing kPacking, typename Ops>
 MAXVA_INLINE uint32_t encode_maximum(float* __restrict root, const uint32_t* __restrict words,
                                      StoredMaximum<kPacking>* __restrict maximum) {
   if constexpr (kPacking == Packing::kInt8) {
-    MAXVA_VECTORIZE
+    MAXVA_WHOLE_BLOCK
     for (int64_t i = 0; i < kBlock; ++i) {
       const float x = std::sqrt(root[i]);
       root[i] = x < INFINITY ? x : NAN;
     }
     // in a loop of its own: GCC does not vectorise one that chooses, too
     int32_t largest = 0;
-    MAXVA_VECTORIZE
+    MAXVA_WHOLE_BLOCK
     for (int64_t i = 0; i < kBlock; ++i) {
       const int32_t bits = magnitude_bits(root[i]);
       largest = std::max(largest, bits < 0x7F800000 ? bits : 0);
     }
     const uint32_t exponent = scale_exponent(static_cast<uint32_t>(largest));
     const float inverse = inverse_scale(exponent);
-    MAXVA_VECTORIZE
+    MAXVA_WHOLE_BLOCK
     for (int64_t i = 0; i < kBlock; ++i) {
       maximum[i] =
           static_cast<uint8_t>(encoded_unsigned_or_nan<Ops>(root[i], inverse, words[i]) >> 24);
     }
     return exponent;
   } else {
-    MAXVA_VECTORIZE
+    MAXVA_WHOLE_BLOCK
     for (int64_t i = 0; i < kBlock; ++i) {
       maximum[i].bits = static_cast<uint16_t>(bfloat16_bits<3>(std::sqrt(root[i]), words[i]) >> 16);
     }
@@ -224,7 +229,7 @@ MAXVA_INLINE void observe_block(const float* __restrict g_raw, const float* __re
   float* __restrict mean = moments.mean;
   float* __restrict var = moments.sd;
   float* __restrict w = moments.w;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const float gi = observed_gradient<Ops>(g_raw[i], kPlain ? 0.0f : theta[i], s);
     float mean_i = mean[i], var_i = var[i], wi = w[i];
@@ -244,7 +249,7 @@ MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta,
   float* __restrict vmax = moments.root;
   const float* __restrict mean = moments.mean;
   const float* __restrict var = moments.sd;
-  MAXVA_VECTORIZE
+  MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const float vhat = Ops::fma(mean[i], mean[i], var[i]);
     float mi = m[i], maximum = kAmsgrad ? vmax[i] : 0.0f;
