@@ -6,9 +6,12 @@ text, so that neither the order of the files nor added documents move any across
 
 from __future__ import annotations
 
+import ast
 import glob
 import hashlib
 import re
+import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +20,9 @@ from errors import UserError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 Document = list[str]
+
+# Folders below the standard library that are not part of it, or that installations leave out.
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter"}
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
@@ -81,6 +87,43 @@ def python_documents() -> list[Document]:
     return documents
 
 
+def docstring_documents() -> list[Document]:
+    """The docstrings of the standard library, a module a document; sources are parsed, not run.
+
+    Docstrings repeat one another: a paragraph is kept where it comes first.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    places = [(path.relative_to(library), path) for path in library.rglob("*.py")]
+    seen: set[str] = set()
+    documents = []
+    for relative, path in sorted(places):
+        if not _NOT_LIBRARY.isdisjoint(relative.parts):
+            continue
+        document: Document = []
+        for docstring in _docstrings(path.read_bytes()):
+            for block in _BLANK_LINES.split(docstring):
+                key = " ".join(block.split())
+                if key and key not in seen:
+                    seen.add(key)
+                    document += split_sentences(block)
+        documents.append(document)
+    return documents
+
+
+def _docstrings(source: bytes) -> list[str]:
+    """Docstrings in the order of the source; none of what is no Python of this version."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
+
+
 def corpus_files(patterns: Sequence[str]) -> list[Path]:
     """Expands files, folders (every file below that is not hidden) and globs; sorted, unique."""
     files: dict[Path, None] = {}
@@ -123,18 +166,22 @@ def file_documents(patterns: Sequence[str]) -> list[Document]:
 
 
 def load_corpus(
-    patterns: Sequence[str], held_out_share: float
+    patterns: Sequence[str], held_out_share: float, docstrings: bool = False
 ) -> tuple[list[Document], list[Document]]:
     """Reads the corpus and splits it.
 
     Args:
         patterns: Files, folders or globs; empty for the Python documentation.
         held_out_share: Expected share of documents to hold out, in (0, 1).
+        docstrings: Add those of the standard library.
 
     Returns:
         Training documents and held-out documents, none of them empty.
     """
-    documents = [d for d in (file_documents(patterns) if patterns else python_documents()) if d]
+    documents = file_documents(patterns) if patterns else python_documents()
+    if docstrings:
+        documents += docstring_documents()
+    documents = [document for document in documents if document]
     if not documents:
         raise UserError("--corpus: the corpus has no text in it.")
     train: list[Document] = []
