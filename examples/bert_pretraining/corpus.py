@@ -27,7 +27,7 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "t
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 
-_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE_END = re.compile(r"""[.!?]["')\]*]*$""")
 # A full stop ends a sentence when what follows looks like the start of one.
 _BOUNDARY = re.compile(r"""(?<=[.!?])(["')\]*]*)\s+(?=["'(\[*]*[A-Z])""")
@@ -77,7 +77,7 @@ def python_documents() -> list[Document]:
     documents = []
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         document: Document = []
-        for block in _BLANK_LINES.split(text):
+        for block in BLANK_LINES.split(text):
             lines = [line for line in block.splitlines() if not _HEADING_RULE.match(line)]
             key = " ".join(" ".join(lines).split())
             if key and key not in seen:
@@ -101,7 +101,7 @@ def docstring_documents() -> list[Document]:
             continue
         document: Document = []
         for docstring in _docstrings(path.read_bytes()):
-            for block in _BLANK_LINES.split(docstring):
+            for block in BLANK_LINES.split(docstring):
                 key = " ".join(block.split())
                 if key and key not in seen:
                     seen.add(key)
@@ -161,7 +161,7 @@ def file_documents(patterns: Sequence[str]) -> list[Document]:
         if "\0" in text:
             raise UserError(f"--corpus: {path} is a binary file, not text (it has NUL bytes).")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        documents += [split_sentences(block) for block in _BLANK_LINES.split(text)]
+        documents += [split_sentences(block) for block in BLANK_LINES.split(text)]
     return documents
 
 
@@ -187,7 +187,7 @@ def load_corpus(
     train: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
-        (held_out if _hash_fraction(document) < held_out_share else train).append(document)
+        (held_out if is_held_out(document, held_out_share) else train).append(document)
     for name, part, advice in (
         ("training", train, "lower"),
         ("held-out", held_out, "raise"),
@@ -202,9 +202,10 @@ def load_corpus(
     return train, held_out
 
 
-def _hash_fraction(document: Document) -> float:
+def is_held_out(document: Document, share: float) -> bool:
+    """Whether a document is among the `share` of all that is held out."""
     digest = hashlib.sha256("\n".join(document).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:

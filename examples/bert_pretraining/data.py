@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -108,28 +108,52 @@ class TokenStore:
         return digest.hexdigest()
 
 
+class StoreBuilder:
+    """Encodes documents one after another into a store.
+
+    Args:
+        tokenizer: The tokenizer.
+        max_sentence_tokens: A longer sentence is cut into pieces of this many.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_sentence_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._longest = max_sentence_tokens
+        self._encoded: list[np.ndarray] = []
+        self._lengths: list[int] = []
+        self._document_starts = [0]
+
+    def add(self, document: Document) -> None:
+        """Adds a document, unless it has no tokens."""
+        ids: list[int] = []
+        for encoding in self._tokenizer.encode_batch_fast(document, add_special_tokens=False):
+            found = encoding.ids
+            ids += found
+            whole, rest = divmod(len(found), self._longest)
+            self._lengths += [self._longest] * whole + [rest] * (rest > 0)
+        if ids:
+            self._encoded.append(np.array(ids, dtype=np.int32))
+            self._document_starts.append(len(self._lengths))
+
+    def store(self) -> TokenStore:
+        """The documents so far."""
+        tokens = np.concatenate([np.empty(0, np.int32), *self._encoded])
+        return TokenStore(
+            tokens=tokens,
+            sentence_starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]),
+            document_starts=np.array(self._document_starts, dtype=np.int64),
+            counts=np.bincount(tokens, minlength=self._tokenizer.get_vocab_size()),
+        )
+
+
 def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, max_sentence_tokens: int
+    documents: Iterable[Document], tokenizer: Tokenizer, max_sentence_tokens: int
 ) -> TokenStore:
-    """Encodes documents; a longer sentence is cut into pieces of `max_sentence_tokens`."""
-    encoded: list[np.ndarray] = []
-    lengths: list[int] = []
-    document_starts = [0]
+    """The store of `documents`; see `StoreBuilder`."""
+    builder = StoreBuilder(tokenizer, max_sentence_tokens)
     for document in documents:
-        for encoding in tokenizer.encode_batch_fast(document, add_special_tokens=False):
-            ids = encoding.ids
-            encoded.append(np.array(ids, dtype=np.int32))
-            whole, rest = divmod(len(ids), max_sentence_tokens)
-            lengths += [max_sentence_tokens] * whole + [rest] * (rest > 0)
-        if len(lengths) > document_starts[-1]:
-            document_starts.append(len(lengths))
-    tokens = np.concatenate([np.empty(0, np.int32), *encoded])
-    return TokenStore(
-        tokens=tokens,
-        sentence_starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        document_starts=np.array(document_starts, dtype=np.int64),
-        counts=np.bincount(tokens, minlength=tokenizer.get_vocab_size()),
-    )
+        builder.add(document)
+    return builder.store()
 
 
 def max_sentence_tokens(sequence_length: int) -> int:

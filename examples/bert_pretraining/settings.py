@@ -144,7 +144,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
             action.default = default
 
 
-def _number(
+def number(
     kind: type, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> Callable[[str], Any]:
     """An argparse type for a number in [low, high], or (low, high] with `open_low`."""
@@ -169,9 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         "and optimizer state go on.",
         allow_abbrev=False,
     )
-    count = _number(int, 1)
-    share = _number(float, 0.0, 0.9)
-    positive = _number(float, 0.0, open_low=True)
+    count = number(int, 1)
+    share = number(float, 0.0, 0.9)
+    positive = number(float, 0.0, open_low=True)
     per_phase: dict[str, Any] = {"nargs": "+", "metavar": "N"}
 
     group = parser.add_argument_group("data")
@@ -189,11 +189,11 @@ def _parser() -> argparse.ArgumentParser:
         help="add the docstrings of Python's standard library, a module a document",
     )
     group.add_argument(
-        "--shards", type=Path, metavar="FOLDER", help="what prepare.py made, instead of --corpus"
+        "--shards", metavar="FOLDER", help="what prepare.py made, instead of --corpus"
     )
     group.add_argument(
         "--data-workers",
-        type=_number(int, 0),
+        type=number(int, 0),
         help="processes that make the next batch meanwhile; None: 4 on a GPU, 0 on a CPU",
     )
     group.add_argument(
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--scale",
-        type=_number(float, 0.0, 1.0, open_low=True),
+        type=number(float, 0.0, 1.0, open_low=True),
         default=1.0,
         metavar="F",
         help="shrink the run: steps x F, batch x F (to a power of two), peak lr x the square root "
@@ -256,28 +256,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--weight-decay",
-        type=_number(float, 0.0),
+        type=number(float, 0.0),
         default=0.1,
         help="decoupled, not on biases and LayerNorm",
     )
     group.add_argument(
         "--betas",
         nargs=2,
-        type=_number(float, 0.0, 1.0),
+        type=number(float, 0.0, 1.0),
         default=[0.9, 0.999],
         metavar=("ALPHA", "BETA"),
         help="momentum, and the (upper) averaging coefficient of squared gradients",
     )
     group.add_argument(
         "--beta-min",
-        type=_number(float, 0.0, 1.0, open_low=True),
+        type=number(float, 0.0, 1.0, open_low=True),
         default=0.5,
         help="lower averaging coefficient of MaxVA; adamw and lamb have none",
     )
     group.add_argument(
         "--max-grad-norm", type=positive, default=1.0, help="clip gradients to this global norm"
     )
-    group.add_argument("--seed", type=_number(int, 0), default=0, help="seed of everything")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything")
     group.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
@@ -314,6 +314,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
     group.add_argument(
-        "--threads", type=_number(int, 0), default=0, help="CPU threads; 0: torch's choice"
+        "--threads", type=number(int, 0), default=0, help="CPU threads; 0: torch's choice"
     )
     return parser

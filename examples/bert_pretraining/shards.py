@@ -48,7 +48,6 @@ def write_shard(
     stores: Mapping[str, TokenStore],
     lengths: Sequence[int],
     vocab_size: int,
-    about: dict[str, Any],
 ) -> None:
     """Writes a shard atomically.
 
@@ -56,11 +55,11 @@ def write_shard(
         path: Where to.
         stores: A store for each of `PARTS`.
         lengths: Sequence lengths to cut chunks for.
-        vocab_size: Size of the vocabulary; below 2^16 an id takes two bytes.
-        about: What the manifest is to say of the shard; sizes and a digest are added.
+        vocab_size: Size of the vocabulary; up to 2^16 an id takes two bytes.
     """
     tokens = np.uint16 if vocab_size <= 2**16 else np.int32
     arrays: dict[str, np.ndarray] = {}
+    about: dict[str, Any] = {}
     for part, store in stores.items():
         arrays[f"{part}.tokens"] = store.tokens.astype(tokens)
         arrays[f"{part}.sentence_starts"] = store.sentence_starts.astype(np.uint32)
@@ -78,7 +77,7 @@ def write_shard(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What `write_shard` was told about a shard."""
+    """What `write_shard` says of a shard: sizes, and a digest of all arrays."""
     return json.loads(_header(path)[0]["__metadata__"]["about"])
 
 

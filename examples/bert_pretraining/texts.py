@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def load(settings: dict[str, Any], lengths: Sequence[int], tokenizer: str | None
         tokenizer: JSON of the tokenizer of the run that is resumed.
     """
     if settings["shards"]:
-        texts = Texts(*shards.open_shards(settings["shards"], lengths))
+        texts = Texts(*shards.open_shards(Path(settings["shards"]), lengths))
         if settings["vocab_size"] is not None and settings["vocab_size"] < texts.word_pieces:
             raise UserError(
                 f"--vocab-size: {settings['vocab_size']} is less than the {texts.word_pieces} word "
