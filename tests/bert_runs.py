@@ -38,6 +38,9 @@ MODULES = (
     "comparison",
     "finetune",
     "task",
+    "workers",
+    "store",
+    "errors",
 )
 RANKS = Path(__file__).with_name("bert_ranks.py")
 STEPS = 6

@@ -236,7 +236,7 @@ def test_flipped_bit_is_recognised(tmp_path: Path) -> None:
 def tokenized(corpus_file: Path) -> SimpleNamespace:
     train, held_out = example.corpus.load_corpus([str(corpus_file)], 0.2)
     tokenizer = example.corpus.train_tokenizer(train, 256)
-    store = example.data.tokenize(train, tokenizer, 14)
+    store = example.store.tokenize(train, tokenizer, 14)
     examples = example.data.PretrainingExamples([store], 32, tokenizer.get_vocab_size(), seed=0)
     return SimpleNamespace(
         train=train, held_out=held_out, tokenizer=tokenizer, store=store, examples=examples
@@ -262,7 +262,7 @@ def test_example_is_a_function_of_seed_epoch_and_index(tokenized: SimpleNamespac
 
 def test_every_epoch_visits_every_chunk_once(tokenized: SimpleNamespace) -> None:
     examples = tokenized.examples
-    expected = example.data.cut_chunks(tokenized.store, 32).tolist()
+    expected = example.store.cut_chunks(tokenized.store, 32).tolist()
     for epoch in (0, 1):
         chunks = [examples.chunk(epoch, i) for i in range(len(examples))]
         firsts = [examples.example(epoch, i).a_sentences[1] for i in range(len(examples))]

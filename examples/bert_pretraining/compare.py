@@ -27,7 +27,7 @@ import comparison
 import torch
 from comparison import Result
 from errors import UserError
-from settings import number
+from options import number
 from shards import write_atomically
 from tqdm import tqdm
 
@@ -153,6 +153,15 @@ class Driver:
         return self.out / RESULTS / f"{job.name}.json"
 
     def _run(self, job: Job) -> None:
+        if self._stopping:
+            raise UserError("stopped")
+        try:
+            self._train(job)
+        except BaseException:
+            self._stopping = True
+            raise
+
+    def _train(self, job: Job) -> None:
         folder = self.out / RUNS / job.name
         options = ["--out", str(folder)]
         if folder.is_dir() and checkpoint.checkpoints(folder):
@@ -175,8 +184,6 @@ class Driver:
 
     def _call(self, script: str, options: list[str], log: Path | None) -> None:
         """Runs a script of this folder; raises a UserError when it fails."""
-        if self._stopping:
-            raise UserError("stopped")
         if log:
             log.parent.mkdir(exist_ok=True)
         command = [sys.executable, str(FOLDER / script), *options]

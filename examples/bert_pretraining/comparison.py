@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -278,16 +279,16 @@ def report(results: Sequence[Result], record: dict[str, Any], out: Path, docs: P
         f"{found.results[0].parameters / 1e6:.2f} M parameters, took {record['seconds'] / 60:.0f} "
         f"minutes on {record['machine']}.\n"
     )
-    numbers = {**record, "runs": [asdict(r) for r in found.results]}
-    rounded = json.loads(json.dumps(numbers), parse_float=lambda s: float(f"{float(s):.6g}"))
-    for folder, figure in ((out, out), (docs, docs and docs / "images")):
-        if folder is None or figure is None:
-            continue
-        found.plot(figure / FIGURE)
-        write_atomically(folder / NUMBERS, (json.dumps(rounded) + "\n").encode())
-    write_atomically(out / TABLE, text.encode())
     if docs:
         _insert(docs / TABLE, f"{text}\n![losses and telemetry](images/{FIGURE})\n")
+    numbers = {**record, "runs": [asdict(r) for r in found.results]}
+    rounded = json.loads(json.dumps(numbers), parse_float=lambda s: float(f"{float(s):.6g}"))
+    found.plot(out / FIGURE)
+    write_atomically(out / NUMBERS, (json.dumps(rounded) + "\n").encode())
+    write_atomically(out / TABLE, text.encode())
+    if docs:
+        shutil.copyfile(out / FIGURE, docs / "images" / FIGURE)
+        shutil.copyfile(out / NUMBERS, docs / NUMBERS)
     return text
 
 

@@ -24,7 +24,7 @@ import torch
 from errors import UserError
 from model import decay_groups
 from optimizers import OPTIMIZERS, build_optimizer, warmup_polynomial
-from settings import number
+from options import number
 from task import EncodedRows, Row
 from tokenizers import Tokenizer
 from torch.optim.lr_scheduler import LambdaLR

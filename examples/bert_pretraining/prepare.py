@@ -26,10 +26,10 @@ import shards
 import sources
 import workers
 from corpus import SPECIAL_TOKENS, Document, corpus_files, is_held_out, train_tokenizer
-from data import StoreBuilder, max_sentence_tokens
 from errors import UserError
-from settings import number
+from options import number
 from sources import Reading, Stretch
+from store import StoreBuilder, max_sentence_tokens
 from tokenizers import Tokenizer
 from tqdm import tqdm
 

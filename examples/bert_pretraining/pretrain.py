@@ -91,7 +91,7 @@ class Run:
         with ranks.together():
             self.device = _device(settings["device"], ranks.local)
             self._load_texts(state)
-            self._enter_phase()
+            self.enter_phase()
         ranks.require_same(
             self.texts.fingerprint, "--corpus: not all processes read the same text from it."
         )
@@ -127,7 +127,7 @@ class Run:
             )
         self.ranks.say(f"corpus: {self.texts.describe()}")
 
-    def _enter_phase(self) -> None:
+    def enter_phase(self) -> None:
         """Makes the data that of the phase that the next step belongs to."""
         self.phase = next((p for p in self.phases if self.step < p.end), self.phases[-1])
         length, known = self.phase.sequence_length, self.texts.word_pieces
@@ -373,17 +373,18 @@ def train(run: Run, stop: StopFlag) -> signal.Signals | None:
     """
     steps = run.phases[-1].end
     with Progress(run.out / TENSORBOARD, run.step, steps, run.ranks.first) as progress:
-        if not run.history["held_out"]:
-            _evaluate(run, progress)
         while run.step < steps:
+            begins = run.step == run.phase.first_step
+            # A step between two phases is evaluated twice, on the pairs of each.
+            wanted = min(2, run.phase.number + 1)
+            if begins and [s for s, _ in run.history["held_out"]].count(run.step) < wanted:
+                _evaluate(run, progress)
             with run.loader() as loader:
                 stopped_by = _train_phase(run, stop, progress, loader)
             if stopped_by:
                 return stopped_by
             if run.step < steps:
-                run._enter_phase()
-                # On the pairs of the new phase, the level that it starts from.
-                _evaluate(run, progress)
+                run.enter_phase()
     return None
 
 

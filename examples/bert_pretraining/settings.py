@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from model import SHAPES
 from optimizers import OPTIMIZERS
+from options import number
 from parallel import MODES
 from recipes import PER_PHASE, RECIPES, completed_lr, phases, recipe_defaults
 
@@ -142,22 +143,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
             return super()._expand_help(action)
         finally:
             action.default = default
-
-
-def number(
-    kind: type, low: float, high: float = float("inf"), *, open_low: bool = False
-) -> Callable[[str], Any]:
-    """An argparse type for a number in [low, high], or (low, high] with `open_low`."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high:
-            bracket = "(" if open_low else "["
-            raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low}, {high}]")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import TokenStore, cut_chunks
 from errors import UserError
 from safetensors.numpy import save
+from store import TokenStore, cut_chunks
 from tokenizers import Tokenizer
 
 FORMAT = 1

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import shards
 from corpus import load_corpus, train_tokenizer
-from data import TokenStore, max_sentence_tokens, tokenize
 from errors import UserError
+from store import TokenStore, max_sentence_tokens, tokenize
 from tokenizers import Tokenizer
 
 
