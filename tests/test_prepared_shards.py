@@ -419,6 +419,13 @@ def test_other_options_or_changed_files_are_refused(
     assert "is a file" in refused(corpus_file, other)
 
 
+def test_options_may_change_after_an_early_error(corpus_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prepare(corpus_file, out, "--vocab-size", "7") == 2
+    assert prepare(corpus_file, out, "--held-out-share", "0.3") == 0
+    assert example.shards.read_manifest(out)["held_out_share"] == 0.3
+
+
 def test_training_refuses_what_does_not_fit_the_shards(
     prepared: SimpleNamespace, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

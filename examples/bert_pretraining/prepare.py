@@ -211,6 +211,9 @@ def refuse_other(out: Path, plan: Plan) -> None:
         if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"--out: {out} is not empty; give --overwrite or another folder.")
         return
+    if not (out / shards.TOKENIZER).is_file():
+        # Nothing has been made by that plan, an error ended it.
+        return
     found, wanted = json.loads(plan_file.read_bytes()), plan.as_json()
     changed = [key for key in wanted if found.get(key) != wanted[key]]
     if changed:
@@ -227,7 +230,7 @@ def begin(out: Path, plan: Plan, overwrite: bool) -> None:
         unfinished = path.name.startswith(shards.TEMPORARY)
         if unfinished or (overwrite and _is_ours(path)):
             path.unlink()
-    if not (out / PLAN).is_file():
+    if not (out / shards.TOKENIZER).is_file():
         shards.write_atomically(out / PLAN, json.dumps(plan.as_json()).encode())
 
 
