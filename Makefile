@@ -5,12 +5,14 @@
 #   TORCH='"torch==2.13.0" --index-url URL'   which torch to install, and from where
 #   ARGS="..."          passed on to the program behind the target
 #   PROCS=2             processes of `make pretrain`, with ARGS="--parallel ddp" or fsdp2
+#   CONFIG=small        `make compare` on a GPU; cpu without it
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= "torch>=2.11,<2.14"
 ARGS ?=
 PROCS ?=
+CONFIG ?= cpu
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -24,11 +26,12 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test test-external test-failure pretrain reproduce compact-study profile bench wheel gpu lint clean
+.PHONY: help test test-external test-failure pretrain compare reproduce compact-study profile bench wheel gpu lint clean
 
 help:
-	@sed -n 's/^# \?//p' Makefile | sed -n '1,7p'
-	@echo "Targets: test, test-external, test-failure, pretrain, reproduce, compact-study, profile, bench, wheel, gpu, lint, clean"
+	@sed -n 's/^# \?//p' Makefile | sed -n '1,8p'
+	@echo "Targets: test, test-external, test-failure, pretrain, compare, reproduce, compact-study,"
+	@echo "  profile, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -65,6 +68,10 @@ test-failure: $(STAMPS)/extension
 
 pretrain: $(STAMPS)/extension
 	$(PY) $(if $(PROCS),-m torch.distributed.run --standalone --nproc-per-node $(PROCS)) examples/bert_pretraining/pretrain.py $(ARGS)
+
+# AdamW, LAMB, MAdam and LaMAdam at pretraining (docs/comparison.md), into runs/compare-CONFIG
+compare: $(STAMPS)/extension
+	$(PY) examples/bert_pretraining/compare.py --config $(CONFIG) $(ARGS)
 
 # the paper's synthetic studies (docs/reproduction.md), into runs/reproduction
 reproduce: $(STAMPS)/extension

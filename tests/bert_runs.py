@@ -20,7 +20,28 @@ for needed in ("transformers", "tokenizers", "tensorboard", "matplotlib", "tqdm"
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"
 SCRIPT = FOLDER / "pretrain.py"
-MODULES = ("pretrain", "settings", "corpus", "data", "model", "checkpoint", "optimizers", "report")
+MODULES = (
+    "pretrain",
+    "settings",
+    "corpus",
+    "data",
+    "model",
+    "checkpoint",
+    "optimizers",
+    "report",
+    "recipes",
+    "shards",
+    "sources",
+    "loader",
+    "prepare",
+    "compare",
+    "comparison",
+    "finetune",
+    "task",
+    "workers",
+    "store",
+    "errors",
+)
 RANKS = Path(__file__).with_name("bert_ranks.py")
 STEPS = 6
 
@@ -44,7 +65,7 @@ def write_corpus(path: Path) -> Path:
 def arguments(corpus: Path, out: Path, *more: str) -> list[str]:
     small = (
         f"--optimizer adamw --steps {STEPS} --batch-size 8 --micro-batch-size 4 "
-        "--sequence-length 32 --vocab-size 256 --eval-examples 8 --eval-every 3 "
+        "--sequence-length 32 --vocab-size 256 --eval-examples 32 --eval-every 3 "
         "--checkpoint-every 2 --threads 1 --device cpu"
     )
     return ["--corpus", str(corpus), "--out", str(out), *small.split(), *more]

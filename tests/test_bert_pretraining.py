@@ -73,7 +73,7 @@ def test_same_seed_same_run_other_seed_other_run(
     assert same["history"]["train"] != other["history"]["train"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "madam", "lamadam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "madam", "lamadam", "lamb"])
 def test_resume_after_damage_is_bit_exact(
     optimizer: str, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -236,8 +236,8 @@ def test_flipped_bit_is_recognised(tmp_path: Path) -> None:
 def tokenized(corpus_file: Path) -> SimpleNamespace:
     train, held_out = example.corpus.load_corpus([str(corpus_file)], 0.2)
     tokenizer = example.corpus.train_tokenizer(train, 256)
-    store = example.data.tokenize(train, tokenizer, 14)
-    examples = example.data.PretrainingExamples(store, 32, tokenizer.get_vocab_size(), seed=0)
+    store = example.store.tokenize(train, tokenizer, 14)
+    examples = example.data.PretrainingExamples([store], 32, tokenizer.get_vocab_size(), seed=0)
     return SimpleNamespace(
         train=train, held_out=held_out, tokenizer=tokenizer, store=store, examples=examples
     )
@@ -246,7 +246,7 @@ def tokenized(corpus_file: Path) -> SimpleNamespace:
 def test_example_is_a_function_of_seed_epoch_and_index(tokenized: SimpleNamespace) -> None:
     def build(seed: int) -> ModuleType:
         vocab = tokenized.tokenizer.get_vocab_size()
-        return example.data.PretrainingExamples(tokenized.store, 32, vocab, seed)
+        return example.data.PretrainingExamples([tokenized.store], 32, vocab, seed)
 
     size = len(tokenized.examples)
     # Jumping between epochs in any order gives what a walk from the start gives.
@@ -262,11 +262,14 @@ def test_example_is_a_function_of_seed_epoch_and_index(tokenized: SimpleNamespac
 
 def test_every_epoch_visits_every_chunk_once(tokenized: SimpleNamespace) -> None:
     examples = tokenized.examples
+    expected = example.store.cut_chunks(tokenized.store, 32).tolist()
     for epoch in (0, 1):
-        firsts = [examples.example(epoch, i).a_sentences[0] for i in range(len(examples))]
-        assert sorted(firsts) == sorted(int(first) for first, _ in examples._chunks)
-    covered = {s for first, last in examples._chunks for s in range(first, last)}
-    assert covered == set(range(len(tokenized.store.sentence_starts) - 1))
+        chunks = [examples.chunk(epoch, i) for i in range(len(examples))]
+        firsts = [examples.example(epoch, i).a_sentences[1] for i in range(len(examples))]
+        assert firsts == [first for _, first, _ in chunks]
+        assert firsts != sorted(firsts) == expected
+    covered = {s for _, first, last in chunks for s in range(first, last)}
+    assert covered == set(range(tokenized.store.sentences))
 
 
 def test_masking_statistics(tokenized: SimpleNamespace) -> None:
@@ -308,12 +311,13 @@ def test_next_sentence_pairs(tokenized: SimpleNamespace) -> None:
         assert len(b)
         assert (item.token_type_ids == (np.arange(len(ids)) > seam)).all()
         # A is the end of its sentences and B the beginning of its own.
-        assert (a == store.span(*item.a_sentences)[-len(a) :]).all()
-        assert (b == store.span(*item.b_sentences)[: len(b)]).all()
-        documents = [document_of[s[0]] for s in (item.a_sentences, item.b_sentences)]
+        a_sentences, b_sentences = item.a_sentences[1:], item.b_sentences[1:]
+        assert (a == store.span(*a_sentences)[-len(a) :]).all()
+        assert (b == store.span(*b_sentences)[: len(b)]).all()
+        documents = [document_of[s[0]] for s in (a_sentences, b_sentences)]
         if item.next_sentence_label == data.IS_NEXT:
-            assert item.b_sentences[0] == item.a_sentences[1]
-            assert documents[0] == documents[1] == document_of[item.b_sentences[1] - 1]
+            assert b_sentences[0] == a_sentences[1]
+            assert documents[0] == documents[1] == document_of[b_sentences[1] - 1]
         else:
             assert documents[0] != documents[1]
     share = answers.count(data.IS_NEXT) / len(answers)
@@ -401,15 +405,24 @@ def test_losses_agree_with_the_models_own(tokenized: SimpleNamespace) -> None:
 
 
 def test_schedule() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = example.optimizers.warmup_polynomial(optimizer, steps=10, warmup=0.2, power=2.0)
-    lrs = []
-    for _ in range(10):
-        lrs.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    def lrs(whole: bool) -> list[float]:
+        phases = [
+            example.recipes.Phase(0, 0, 32, 10, 8, 8, lr=2.0, warmup=0.2),
+            example.recipes.Phase(1, 10, 64, 4, 8, 8, lr=1.0, warmup=0.5),
+        ]
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        schedule = example.optimizers.schedule(optimizer, phases, power=2.0, whole=whole)
+        found = []
+        for _ in range(14):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
     decay = [2.0 * ((10 - step) / 8) ** 2 for step in range(2, 10)]
-    assert lrs == pytest.approx([1.0, 2.0, *decay])
+    assert lrs(whole=False) == pytest.approx([1.0, 2.0, *decay, 0.5, 1.0, 1.0, 0.25])
+    decay = [2.0 * ((10 - step) / 10) ** 2 for step in range(2, 10)]
+    assert lrs(whole=True) == pytest.approx([1.0, 2.0, *decay, 0.5, 1.0, 0.25, 0.0625])
 
 
 @pytest.mark.parametrize("name", ["madam", "lamadam"])
@@ -434,14 +447,13 @@ def test_maxva_optimizers_get_their_arguments(name: str) -> None:
     pytest.importorskip("maxva_kernels")
     settings = {
         "optimizer": name,
-        "lr": 1e-3,
         "betas": [0.9, 0.99],
         "beta_min": 0.25,
         "max_grad_norm": 0.5,
     }
     model = tiny_model()
     optimizer, step = example.optimizers.build_optimizer(
-        example.model.decay_groups(model, 0.1), settings
+        example.model.decay_groups(model, 0.1), settings, 1e-3
     )
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     for group in optimizer.param_groups:

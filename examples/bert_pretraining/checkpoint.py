@@ -65,6 +65,14 @@ def load_latest(directory: Path) -> tuple[dict[str, Any], Path, list[Path]]:
     raise UserError(f"--resume: {found} in {directory}; start without --resume.")
 
 
+def newest_sound(directory: Path, option: str) -> tuple[dict[str, Any], Path]:
+    """The newest sound checkpoint of a run that is only read: nothing is renamed."""
+    for path in checkpoints(directory):
+        if _digest(path) == _NAME.fullmatch(path.name).group(2):
+            return torch.load(path, map_location="cpu", weights_only=True), path
+    raise UserError(f"{option}: no sound checkpoint in {directory}.")
+
+
 def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name).group(1))
 

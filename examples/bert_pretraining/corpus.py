@@ -6,9 +6,12 @@ text, so that neither the order of the files nor added documents move any across
 
 from __future__ import annotations
 
+import ast
 import glob
 import hashlib
 import re
+import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,10 +21,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 Document = list[str]
 
+# Folders below the standard library that are not part of it, or that installations leave out.
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter"}
+
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 
-_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE_END = re.compile(r"""[.!?]["')\]*]*$""")
 # A full stop ends a sentence when what follows looks like the start of one.
 _BOUNDARY = re.compile(r"""(?<=[.!?])(["')\]*]*)\s+(?=["'(\[*]*[A-Z])""")
@@ -71,7 +77,7 @@ def python_documents() -> list[Document]:
     documents = []
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         document: Document = []
-        for block in _BLANK_LINES.split(text):
+        for block in BLANK_LINES.split(text):
             lines = [line for line in block.splitlines() if not _HEADING_RULE.match(line)]
             key = " ".join(" ".join(lines).split())
             if key and key not in seen:
@@ -79,6 +85,43 @@ def python_documents() -> list[Document]:
                 document += split_sentences("\n".join(lines))
         documents.append(document)
     return documents
+
+
+def docstring_documents() -> list[Document]:
+    """The docstrings of the standard library, a module a document; sources are parsed, not run.
+
+    Docstrings repeat one another: a paragraph is kept where it comes first.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    places = [(path.relative_to(library), path) for path in library.rglob("*.py")]
+    seen: set[str] = set()
+    documents = []
+    for relative, path in sorted(places):
+        if not _NOT_LIBRARY.isdisjoint(relative.parts):
+            continue
+        document: Document = []
+        for docstring in _docstrings(path.read_bytes()):
+            for block in BLANK_LINES.split(docstring):
+                key = " ".join(block.split())
+                if key and key not in seen:
+                    seen.add(key)
+                    document += split_sentences(block)
+        documents.append(document)
+    return documents
+
+
+def _docstrings(source: bytes) -> list[str]:
+    """Docstrings in the order of the source; none of what is no Python of this version."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
 
 
 def corpus_files(patterns: Sequence[str]) -> list[Path]:
@@ -118,29 +161,33 @@ def file_documents(patterns: Sequence[str]) -> list[Document]:
         if "\0" in text:
             raise UserError(f"--corpus: {path} is a binary file, not text (it has NUL bytes).")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        documents += [split_sentences(block) for block in _BLANK_LINES.split(text)]
+        documents += [split_sentences(block) for block in BLANK_LINES.split(text)]
     return documents
 
 
 def load_corpus(
-    patterns: Sequence[str], held_out_share: float
+    patterns: Sequence[str], held_out_share: float, docstrings: bool = False
 ) -> tuple[list[Document], list[Document]]:
     """Reads the corpus and splits it.
 
     Args:
         patterns: Files, folders or globs; empty for the Python documentation.
         held_out_share: Expected share of documents to hold out, in (0, 1).
+        docstrings: Add those of the standard library.
 
     Returns:
         Training documents and held-out documents, none of them empty.
     """
-    documents = [d for d in (file_documents(patterns) if patterns else python_documents()) if d]
+    documents = file_documents(patterns) if patterns else python_documents()
+    if docstrings:
+        documents += docstring_documents()
+    documents = [document for document in documents if document]
     if not documents:
         raise UserError("--corpus: the corpus has no text in it.")
     train: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
-        (held_out if _hash_fraction(document) < held_out_share else train).append(document)
+        (held_out if is_held_out(document, held_out_share) else train).append(document)
     for name, part, advice in (
         ("training", train, "lower"),
         ("held-out", held_out, "raise"),
@@ -155,9 +202,10 @@ def load_corpus(
     return train, held_out
 
 
-def _hash_fraction(document: Document) -> float:
+def is_held_out(document: Document, share: float) -> bool:
+    """Whether a document is among the `share` of all that is held out."""
     digest = hashlib.sha256("\n".join(document).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:

@@ -1,20 +1,21 @@
 """Index-addressable BERT examples: example i of epoch e is a pure function of (seed, e, i).
 
 There is no iterator state. The position in the data is one integer, the number of examples
-consumed so far, so resuming or sharding needs nothing but arithmetic.
+consumed so far, so resuming or sharding needs nothing but arithmetic. Nor is there an array of the
+order: an epoch's shuffle is a keyed permutation, computed where it is asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from corpus import SPECIAL_TOKENS, Document
+from corpus import SPECIAL_TOKENS
 from errors import UserError
-from tokenizers import Tokenizer
+from store import TokenStore, chunk_end, cut_chunks
 
 IGNORED_LABEL = -100
 MASKED_SHARE = 0.15
@@ -25,51 +26,38 @@ IS_NEXT, NOT_NEXT = 0, 1
 PAD, CLS, SEP, MASK = (SPECIAL_TOKENS.index(t) for t in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
 
 
-@dataclass(frozen=True)
-class TokenStore:
-    """Token ids of a corpus in flat arrays.
+# Rounds of the Feistel network; four make a pseudorandom permutation where the rounds are random.
+_ROUNDS = 6
+_WORD = 2**64 - 1
 
-    Attributes:
-        tokens: int32, all ids one after another.
-        sentence_starts: int64, sentence s is `tokens[sentence_starts[s]:sentence_starts[s + 1]]`.
-        document_starts: int64, the same for the sentences of a document.
+
+def _mixed(x: int) -> int:
+    """The finaliser of SplitMix64: every bit of the result depends on every bit of x."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
+
+
+def permuted(index: int, size: int, keys: Sequence[int]) -> int:
+    """Where a permutation of range(size) sends `index`; takes no memory whatever the size.
+
+    A Feistel network permutes the numbers of an even count of bits, fewer than 4 size of them;
+    where it leaves range(size) it is applied again (cycle walking).
+
+    Args:
+        index: In range(size).
+        size: At least 1.
+        keys: A 64-bit number per round; they choose the permutation.
     """
-
-    tokens: np.ndarray
-    sentence_starts: np.ndarray
-    document_starts: np.ndarray
-
-    def span(self, first: int, last: int) -> np.ndarray:
-        """Tokens of the sentences first..last-1."""
-        return self.tokens[self.sentence_starts[first] : self.sentence_starts[last]]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the content."""
-        digest = hashlib.sha256()
-        for array in (self.tokens, self.sentence_starts, self.document_starts):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
-
-
-def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, max_sentence_tokens: int
-) -> TokenStore:
-    """Encodes documents; a longer sentence is cut into pieces of `max_sentence_tokens`."""
-    pieces: list[list[int]] = []
-    document_starts = [0]
-    for document in documents:
-        for encoding in tokenizer.encode_batch(document, add_special_tokens=False):
-            ids = encoding.ids
-            cuts = range(0, len(ids), max_sentence_tokens)
-            pieces += [ids[cut : cut + max_sentence_tokens] for cut in cuts]
-        if len(pieces) > document_starts[-1]:
-            document_starts.append(len(pieces))
-    lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
-    return TokenStore(
-        tokens=np.fromiter((t for p in pieces for t in p), dtype=np.int32, count=lengths.sum()),
-        sentence_starts=np.concatenate([[0], np.cumsum(lengths)]),
-        document_starts=np.array(document_starts, dtype=np.int64),
-    )
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed((right + key) & _WORD) & mask)
+        index = left << half | right
+        if index < size:
+            return index
 
 
 @dataclass(frozen=True)
@@ -81,7 +69,7 @@ class Example:
         token_type_ids: int64, 0 up to the first [SEP], then 1.
         labels: int64, the original token where one was chosen for prediction, else -100.
         next_sentence_label: IS_NEXT or NOT_NEXT.
-        a_sentences: Sentence range [first, last) that A was taken from.
+        a_sentences: Store and its sentence range [first, last) that A was taken from.
         b_sentences: The same of B.
     """
 
@@ -89,81 +77,88 @@ class Example:
     token_type_ids: np.ndarray
     labels: np.ndarray
     next_sentence_label: int
-    a_sentences: tuple[int, int]
-    b_sentences: tuple[int, int]
+    a_sentences: tuple[int, int, int]
+    b_sentences: tuple[int, int, int]
 
 
 class PretrainingExamples:
-    """Masked-LM and next-sentence examples over a token store.
+    """Masked-LM and next-sentence examples over token stores.
 
-    Documents are cut once into chunks of consecutive sentences that fill a sequence. An example
-    is a chunk, visited in an order shuffled per epoch, with its own split point, negative and
-    masks.
+    An example is a chunk (`cut_chunks`), visited in an order shuffled per epoch, with its own
+    split point, negative and masks.
 
     Args:
-        store: The tokens.
+        stores: The tokens; sentences and chunks are numbered through all of them.
         sequence_length: Length that every example is padded to.
         vocab_size: Number of ids that random replacement may draw from, special ones excluded.
         seed: Seed of order, pairs and masks.
+        stream: Another order, other pairs and masks with the same seed.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, vocab_size: int, seed: int) -> None:
-        self.store = store
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        sequence_length: int,
+        vocab_size: int,
+        seed: int,
+        stream: int = 0,
+    ) -> None:
+        self.stores = stores
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
-        self.seed = seed
         self.room = sequence_length - 3
-        self._chunks, self._chunk_documents = self._cut_chunks()
-        if len(store.document_starts) < 3 or not len(self._chunks):
+        self._seed = [seed, stream]
+        self._chunks = [
+            store.chunks[sequence_length]
+            if sequence_length in store.chunks
+            else cut_chunks(store, sequence_length)
+            for store in stores
+        ]
+        self._first_chunk = np.cumsum([0, *map(len, self._chunks)])
+        self._first_sentence = np.cumsum([0, *(store.sentences for store in stores)])
+        if sum(store.documents for store in stores) < 2 or not len(self):
             raise UserError(
-                "--corpus: next-sentence prediction needs at least two documents with text and "
-                "one with two sentences, in the training and in the held-out part."
+                "--corpus, --shards: next-sentence prediction needs at least two documents with "
+                "text and one with two sentences, in the training and in the held-out part."
             )
-        self._order_epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._epoch = -1
+        self._keys: list[int] = []
 
     def __len__(self) -> int:
         """Number of examples in an epoch."""
-        return len(self._chunks)
+        return int(self._first_chunk[-1])
 
-    def _cut_chunks(self) -> tuple[np.ndarray, np.ndarray]:
-        starts = self.store.sentence_starts
-        chunks, documents = [], []
-        bounds = zip(self.store.document_starts, self.store.document_starts[1:], strict=False)
-        for document, (begin, end) in enumerate(bounds):
-            first = begin
-            while first < end - 1:
-                last = first + 2
-                while last < end and starts[last] - starts[first] < self.room:
-                    last += 1
-                chunks.append((first, last))
-                documents.append(document)
-                # A last sentence that does not fit whole opens the next chunk too.
-                first = last - 1 if starts[last] - starts[first] > self.room else last
-                if first == end - 1 and last < end:
-                    first = end - 2
-        return np.array(chunks, dtype=np.int64).reshape(-1, 2), np.array(documents, np.int64)
+    def chunk(self, epoch: int, index: int) -> tuple[int, int, int]:
+        """Store, first sentence and end of the chunk that example `index` of `epoch` is made of."""
+        number = permuted(index, len(self), self._order_keys(epoch))
+        place = int(np.searchsorted(self._first_chunk, number, side="right")) - 1
+        first = int(self._chunks[place][number - self._first_chunk[place]])
+        store = self.stores[place]
+        end = store.document_of(first)[1]
+        return place, first, chunk_end(store.sentence_starts, first, end, self.room)
 
     def example(self, epoch: int, index: int) -> Example:
         """Builds example `index` of `epoch`."""
-        chunk = self._epoch_order(epoch)[index]
-        rng = np.random.default_rng([self.seed, epoch, index])
-        first, last = (int(bound) for bound in self._chunks[chunk])
+        rng = np.random.default_rng([*self._seed, epoch, index])
+        place, first, last = self.chunk(epoch, index)
+        store = self.stores[place]
         split = int(rng.integers(first + 1, last))
         is_next = bool(rng.random() < 0.5)
         a_range = (first, split)
+        a = store.span(*a_range)
         if is_next:
-            b_range = (split, last)
+            b_place, b_range = place, (split, last)
         else:
-            room = self.room - len(self.store.span(*a_range))
-            b_range = self._other_document(int(self._chunk_documents[chunk]), room, rng)
-        a, b = self._truncate(self.store.span(*a_range), self.store.span(*b_range))
+            b_place, b_range = self._other_document(place, first, self.room - len(a), rng)
+        a, b = self._truncate(a, self.stores[b_place].span(*b_range))
         ids = np.concatenate([[CLS], a, [SEP], b, [SEP]]).astype(np.int64)
         token_types = np.zeros(len(ids), dtype=np.int64)
         token_types[len(a) + 2 :] = 1
         input_ids, labels = self._mask(ids, rng)
         label = IS_NEXT if is_next else NOT_NEXT
-        return Example(input_ids, token_types, labels, label, a_range, b_range)
+        return Example(
+            input_ids, token_types, labels, label, (place, *a_range), (b_place, *b_range)
+        )
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Builds the examples `first`..`first + count - 1`, counted on through all epochs.
@@ -195,28 +190,33 @@ class PretrainingExamples:
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._order_epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._order = rng.permutation(len(self._chunks))
-            self._order_epoch = epoch
-        return self._order
+    def _order_keys(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            seeds = np.random.SeedSequence([*self._seed, epoch])
+            self._keys = seeds.generate_state(_ROUNDS, np.uint64).tolist()
+            self._epoch = epoch
+        return self._keys
 
     def _other_document(
-        self, document: int, room: int, rng: np.random.Generator
-    ) -> tuple[int, int]:
-        """Sentences of a random other document, enough for `room` tokens where there are."""
-        begin, end = self.store.document_starts[document : document + 2]
-        total = len(self.store.sentence_starts) - 1
-        first = int(rng.integers(total - (end - begin)))
-        if first >= begin:
-            first += int(end - begin)
-        starts, documents = self.store.sentence_starts, self.store.document_starts
-        stop = documents[np.searchsorted(documents, first, side="right")]
-        last = first + 1
-        while last < stop and starts[last] - starts[first] < room:
-            last += 1
-        return first, last
+        self, place: int, sentence: int, room: int, rng: np.random.Generator
+    ) -> tuple[int, tuple[int, int]]:
+        """Sentences of a random document other than the one with `sentence` in store `place`.
+
+        Returns:
+            Its store and sentences that fill `room` tokens, where the document has so many.
+        """
+        begin, end = self.stores[place].document_of(sentence)
+        chosen = int(rng.integers(self._first_sentence[-1] - (end - begin)))
+        if chosen >= self._first_sentence[place] + begin:
+            chosen += end - begin
+        place = int(np.searchsorted(self._first_sentence, chosen, side="right")) - 1
+        first = chosen - int(self._first_sentence[place])
+        starts = self.stores[place].sentence_starts
+        _, stop = self.stores[place].document_of(first)
+        return place, (
+            first,
+            max(first + 1, bisect_left(starts, int(starts[first]) + room, first, stop)),
+        )
 
     def _truncate(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shortens the longer one: A at its front, B at its end, so that the seam stays."""

@@ -35,6 +35,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(layers=2, hidden=128, heads=2, vocab_size=2048),
+    "small": Shape(layers=4, hidden=512, heads=8, vocab_size=8192),
     "base": Shape(layers=12, hidden=768, heads=12, vocab_size=30522),
     "large": Shape(layers=24, hidden=1024, heads=16, vocab_size=30522),
 }

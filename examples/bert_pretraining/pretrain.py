@@ -1,4 +1,4 @@
-"""Pretrains BERT with MAdam, LaMAdam or AdamW; the command line and the training loop.
+"""Pretrains BERT with MAdam, LaMAdam, LAMB or AdamW; the command line and the training loop.
 
 python examples/bert_pretraining/pretrain.py --help
 torchrun --nproc-per-node 2 examples/bert_pretraining/pretrain.py --parallel ddp
@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/bert_pretraining/pretrain.py --parallel ddp
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -18,24 +19,27 @@ from typing import Any
 
 import checkpoint
 import numpy as np
+import recipes
 import report
+import texts
 import torch
-from corpus import load_corpus, train_tokenizer
-from data import IGNORED_LABEL, PretrainingExamples, tokenize
-from errors import UserError
-from model import SHAPES, PretrainingLosses, decay_groups
-from optimizers import build_optimizer, telemetry, warmup_polynomial
+from data import IGNORED_LABEL, PretrainingExamples
+from errors import DivergedError, UserError
+from loader import Loader
+from model import PretrainingLosses, decay_groups
+from optimizers import build_optimizer, schedule, telemetry
 from parallel import Ranks, exchanging_gradients, full_state, load_full_state, wrap
 from progress import Progress
 from settings import parse_settings, resumed_settings, saved_settings, validate
-from tokenizers import Tokenizer
 from transformers import BertForPreTraining
 
 # Held-out pairs and masks do not depend on --seed, so that runs compare.
 EVAL_SEED = 0
 PLOT, METRICS, TOKENIZER, TENSORBOARD = "loss.png", "metrics.json", "tokenizer.json", "tensorboard"
 TELEMETRY_PLOT = "telemetry.png"
-STATE_FORMAT = 3
+STATE_FORMAT = 4
+DIVERGED = 3  # exit status
+_GPU_DATA_WORKERS = 4
 # The parts of a checkpoint that process 0 alone holds whole.
 _TENSORS = ("model", "optimizer")
 
@@ -82,14 +86,18 @@ class Run:
         self.ranks = ranks
         self.settings = settings
         self.out: Path = settings["out"]
+        self.phases = recipes.phases(settings)
+        self.step = state["step"] if state else 0
         with ranks.together():
             self.device = _device(settings["device"], ranks.local)
-            self._load_data(state)
+            self._load_texts(state)
+            self.enter_phase()
         ranks.require_same(
-            self.fingerprint, "--corpus: not all processes read the same text from it."
+            self.texts.fingerprint, "--corpus: not all processes read the same text from it."
         )
         torch.manual_seed(settings["seed"])
-        config = SHAPES[settings["config"]].config(settings["vocab_size"])
+        vocab_size = settings["vocab_size"] or self.texts.word_pieces
+        config = recipes.shape(settings).config(vocab_size)
         self.model = BertForPreTraining(config).to(self.device)
         blocks = list(self.model.bert.encoder.layer)
         self.losses = wrap(
@@ -98,51 +106,55 @@ class Run:
         self._settle()
         with ranks.together():
             groups = decay_groups(self.model, settings["weight_decay"])
-            self.optimizer, self.clip_and_step = build_optimizer(groups, settings)
-        self.scheduler = warmup_polynomial(
-            self.optimizer, settings["steps"], settings["warmup"], settings["decay_power"]
-        )
-        self.step = 0
+            peak = self.phases[0].lr
+            self.optimizer, self.clip_and_step = build_optimizer(groups, settings, peak)
+        whole = settings["decay_from"] == "start"
+        self.scheduler = schedule(self.optimizer, self.phases, settings["decay_power"], whole)
         self.history: dict[str, list] = {"train": [], "held_out": [], "telemetry": []}
         self.held_out_nsp_accuracy = float("nan")
-        self.seconds = {"train": 0.0, "optimizer": 0.0}
+        self.diverged_at: int | None = None
+        self.seconds = {"train": 0.0, "optimizer": 0.0, "data": 0.0}
         if state:
             self._restore(state, tensors)
 
-    def _load_data(self, state: dict[str, Any] | None) -> None:
-        settings = self.settings
-        length = settings["sequence_length"]
-        train, held_out = load_corpus(settings["corpus"], settings["held_out_share"])
-        self.tokenizer = (
-            Tokenizer.from_str(state["tokenizer"])
-            if state
-            else train_tokenizer(train, settings["vocab_size"])
-        )
-        known = self.tokenizer.get_vocab_size()
-        # A pair always has room for one whole sentence on either side.
-        stores = [tokenize(part, self.tokenizer, (length - 3) // 2) for part in (train, held_out)]
-        self.fingerprint = [store.fingerprint() for store in stores]
-        if state and state["fingerprint"] != self.fingerprint:
+    def _load_texts(self, state: dict[str, Any] | None) -> None:
+        lengths = sorted({phase.sequence_length for phase in self.phases})
+        self.texts = texts.load(self.settings, lengths, state["tokenizer"] if state else None)
+        if state and state["fingerprint"] != self.texts.fingerprint:
             raise UserError(
-                "--resume: the text of --corpus is not the text that the checkpoint was made with."
+                "--resume: the text of --corpus or --shards is not the text that the checkpoint "
+                "was made with."
             )
-        self.examples = PretrainingExamples(stores[0], length, known, settings["seed"])
-        held_out_examples = PretrainingExamples(stores[1], length, known, EVAL_SEED)
-        count = min(settings["eval_examples"], len(held_out_examples))
+        self.ranks.say(f"corpus: {self.texts.describe()}")
+
+    def enter_phase(self) -> None:
+        """Makes the data that of the phase that the next step belongs to."""
+        self.phase = next((p for p in self.phases if self.step < p.end), self.phases[-1])
+        length, known = self.phase.sequence_length, self.texts.word_pieces
+        seed = self.settings["seed"]
+        self.examples = PretrainingExamples(
+            self.texts.train, length, known, seed, stream=self.phase.number
+        )
+        held_out_examples = PretrainingExamples(self.texts.held_out, length, known, EVAL_SEED)
+        count = min(self.settings["eval_examples"], len(held_out_examples))
         self.held_out = held_out_examples.batch(0, count)
-        self.unigram_mlm = self._unigram_loss(stores[0].tokens)
+        # Held-out loss of predicting every masked token by its (add-one) training frequency.
+        counts = torch.from_numpy(self.texts.counts).double() + 1
+        labels = self.held_out["labels"]
+        likelihoods = (counts / counts.sum()).log()[labels[labels != IGNORED_LABEL]]
+        self.unigram_mlm = -likelihoods.mean().item()
         self.ranks.say(
-            f"corpus: {len(train)} training and {len(held_out)} held-out documents, "
-            f"{len(stores[0].tokens):,} and {len(stores[1].tokens):,} tokens, "
-            f"{known} word pieces; {len(self.examples)} examples an epoch"
+            f"phase {self.phase.number + 1} of {len(self.phases)}: {self.phase.steps} steps of "
+            f"{self.phase.batch_size} examples of {length} tokens, {len(self.examples)} an epoch; "
+            f"peak lr {self.phase.lr:.4g}"
         )
 
-    def _unigram_loss(self, tokens: Any) -> float:
-        """Held-out loss of predicting every masked token by its (add-one) training frequency."""
-        vocab = self.settings["vocab_size"]
-        counts = torch.bincount(torch.from_numpy(tokens).long(), minlength=vocab).double() + 1
-        labels = self.held_out["labels"]
-        return -(counts / counts.sum()).log()[labels[labels != IGNORED_LABEL]].mean().item()
+    def loader(self) -> Loader:
+        """Makes the batches of the phase."""
+        count = self.settings["data_workers"]
+        if count is None:
+            count = _GPU_DATA_WORKERS if self.device.type == "cuda" else 0
+        return Loader(self.examples, count)
 
     def _settle(self) -> None:
         """Makes the first step sum gradients in the order of all the others.
@@ -178,8 +190,8 @@ class Run:
             "model": model,
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
-            "tokenizer": self.tokenizer.to_str(),
-            "fingerprint": self.fingerprint,
+            "tokenizer": self.texts.tokenizer.to_str(),
+            "fingerprint": self.texts.fingerprint,
             "history": self.history,
             "held_out_nsp_accuracy": self.held_out_nsp_accuracy,
             "seconds": self.seconds,
@@ -188,7 +200,6 @@ class Run:
     def _restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
         load_full_state(self.model, self.optimizer, *(tensors[name] for name in _TENSORS))
         self.scheduler.load_state_dict(state["scheduler"])
-        self.step = state["step"]
         self.history = state["history"]
         self.held_out_nsp_accuracy = state["held_out_nsp_accuracy"]
         self.seconds = state["seconds"]
@@ -207,9 +218,9 @@ class Run:
         return self.ranks.from_first(lambda: checkpoint.save(self.out, self.step, state))
 
     def _micro_batches(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        pieces = {k: t.split(self.settings["micro_batch_size"]) for k, t in batch.items()}
+        pieces = {k: t.split(self.phase.micro_batch_size) for k, t in batch.items()}
         count = len(pieces["labels"])
-        return [self._on_device({k: p[i] for k, p in pieces.items()}) for i in range(count)]
+        return [{k: p[i] for k, p in pieces.items()} for i in range(count)]
 
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -219,20 +230,36 @@ class Run:
 
         So it depends neither on how many processes there are nor on where a run was resumed.
         """
-        seeds = np.random.SeedSequence([self.settings["seed"], first])
+        seeds = np.random.SeedSequence([self.settings["seed"], self.phase.number, first])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
-    def train_step(self) -> tuple[float, float, float, float]:
+    def _share(self, step: int) -> tuple[int, int]:
+        """First example and number of examples of this process in a step of the phase."""
+        share = self.phase.batch_size // self.ranks.size
+        number = step - self.phase.first_step
+        return number * self.phase.batch_size + self.ranks.rank * share, share
+
+    def _micro_losses(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        reduced = self.settings["precision"] != "float32"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
+            return self.losses(self._on_device(batch))
+
+    def train_step(self, loader: Loader) -> tuple[float, float, dict[str, float]]:
         """One optimizer step over a batch, by accumulation.
 
         Returns:
-            Loss (MLM + NSP), MLM loss, seconds of the step, seconds of the optimizer in it.
+            Loss (MLM + NSP), MLM loss, and seconds: of the step (`train`), and in it of the
+            optimizer and of waiting for data.
         """
         start = self._clock()
-        size, micro_size = self.settings["batch_size"], self.settings["micro_batch_size"]
-        share = size // self.ranks.size
-        first = self.step * size + self.ranks.rank * share
-        batch = self.examples.batch(first, share)
+        size, micro_size = self.phase.batch_size, self.phase.micro_batch_size
+        first, share = self._share(self.step)
+        batch = loader.batch(first, share)
+        got = time.perf_counter()
+        if self.step + 1 < self.phase.end:
+            loader.expect(*self._share(self.step + 1))
         (masked,) = self.ranks.sums((batch["labels"] != IGNORED_LABEL).sum())
         mlm_total = torch.zeros((), device=self.device)
         nsp_total = torch.zeros((), device=self.device)
@@ -241,7 +268,7 @@ class Run:
         for index, micro_batch in enumerate(micro_batches):
             self._seed_dropout(first + index * micro_size)
             with exchanging_gradients(self.losses, index == len(micro_batches) - 1):
-                mlm, nsp, _ = self.losses(micro_batch)
+                mlm, nsp, _ = self._micro_losses(micro_batch)
                 # Gradients are averaged over the processes, but the loss is a sum over them.
                 ((mlm / masked + nsp / size) * self.ranks.size).backward()
             mlm_total += mlm.detach() / masked
@@ -252,7 +279,8 @@ class Run:
         self.scheduler.step()
         self.step += 1
         loss, mlm_loss = self.ranks.sums((mlm_total + nsp_total).item(), mlm_total.item())
-        return loss, mlm_loss, end - start, end - before
+        seconds = {"train": end - start, "optimizer": end - before, "data": got - start}
+        return loss, mlm_loss, seconds
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -263,7 +291,7 @@ class Run:
         for start in range(0, len(micro_batches), self.ranks.size):
             index = start + self.ranks.rank
             # fsdp2 needs every process in every forward pass, even one that has nothing left.
-            mlm, _, right = self.losses(micro_batches[min(index, len(micro_batches) - 1)])
+            mlm, _, right = self._micro_losses(micro_batches[min(index, len(micro_batches) - 1)])
             if index < len(micro_batches):
                 mlm_sum += mlm.item()
                 correct += right.item()
@@ -277,13 +305,18 @@ class Run:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def metrics(self, saved: Path) -> dict[str, Any]:
-        """The figures of the finished run."""
+    def _sequences(self) -> int:
+        """Examples trained on so far."""
+        done = [max(0, min(self.step, p.end) - p.first_step) * p.batch_size for p in self.phases]
+        return sum(done)
+
+    def metrics(self, saved: Path | None) -> dict[str, Any]:
+        """The figures of the finished run, or of one that diverged and has no last checkpoint."""
         train, held_out = self.history["train"], self.history["held_out"]
         return {
             "optimizer": self.settings["optimizer"],
             "steps": self.step,
-            "batch_size": self.settings["batch_size"],
+            "phases": [dataclasses.asdict(phase) for phase in self.phases],
             "train_loss_first": train[0][0],
             "train_loss_last": train[-1][0],
             "train_mlm_first": train[0][1],
@@ -292,16 +325,19 @@ class Run:
             "held_out_mlm_end": held_out[-1][1],
             "held_out_nsp_accuracy": self.held_out_nsp_accuracy,
             "unigram_mlm": self.unigram_mlm,
-            "sequences_per_second": self.step * self.settings["batch_size"] / self.seconds["train"],
+            "sequences_per_second": self._sequences() / self.seconds["train"],
             "optimizer_ms": 1e3 * self.seconds["optimizer"] / self.step,
             "optimizer_share": self.seconds["optimizer"] / self.seconds["train"],
+            "data_share": self.seconds["data"] / self.seconds["train"],
+            "train_seconds": self.seconds["train"],
+            "diverged_at": self.diverged_at,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             **self.made_with,
             "torch": torch.__version__,
             "plot": str(self.out / PLOT),
             "telemetry": str(self.out / TELEMETRY_PLOT) if self.history["telemetry"] else None,
             "metrics": str(self.out / METRICS),
-            "checkpoint": str(saved),
+            "checkpoint": str(saved) if saved else None,
             "settings": saved_settings(self.settings),
             "history": self.history,
         }
@@ -335,39 +371,66 @@ def train(run: Run, stop: StopFlag) -> signal.Signals | None:
     Returns:
         The signal that stopped the run, or None when it is finished.
     """
-    settings, steps = run.settings, run.settings["steps"]
-
-    def evaluate() -> None:
-        mlm, run.held_out_nsp_accuracy = run.evaluate()
-        run.history["held_out"].append([run.step, mlm])
-        progress.evaluated(run.step, mlm, run.held_out_nsp_accuracy)
-
+    steps = run.phases[-1].end
     with Progress(run.out / TENSORBOARD, run.step, steps, run.ranks.first) as progress:
-        if not run.history["held_out"]:
-            evaluate()
         while run.step < steps:
-            lr = run.scheduler.get_last_lr()[0]
-            loss, mlm, seconds, optimizer_seconds = run.train_step()
-            if not loss < float("inf"):
-                raise UserError(
-                    f"--lr: the loss is {loss} at step {run.step}; lower the peak of {lr:.3g}."
-                )
-            run.seconds["train"] += seconds
-            run.seconds["optimizer"] += optimizer_seconds
-            run.history["train"].append([loss, mlm])
-            told = telemetry(run.optimizer)
-            if told:
-                run.history["telemetry"].append(told)
-            speed = settings["batch_size"] / seconds
-            progress.stepped(run.step, loss, mlm, lr, speed, 1e3 * optimizer_seconds, told)
-            if run.step % settings["eval_every"] == 0 or run.step == steps:
-                evaluate()
-            stopped_by = run.ranks.maximum(stop.signal or 0)
-            if run.step < steps and stopped_by:
-                return signal.Signals(stopped_by)
-            if run.step < steps and run.step % settings["checkpoint_every"] == 0:
-                run.save()
+            begins = run.step == run.phase.first_step
+            # A step between two phases is evaluated twice, on the pairs of each.
+            wanted = min(2, run.phase.number + 1)
+            if begins and [s for s, _ in run.history["held_out"]].count(run.step) < wanted:
+                _evaluate(run, progress)
+            with run.loader() as loader:
+                stopped_by = _train_phase(run, stop, progress, loader)
+            if stopped_by:
+                return stopped_by
+            if run.step < steps:
+                run.enter_phase()
     return None
+
+
+def _train_phase(
+    run: Run, stop: StopFlag, progress: Progress, loader: Loader
+) -> signal.Signals | None:
+    settings, steps = run.settings, run.phases[-1].end
+    while run.step < run.phase.end:
+        lr = run.scheduler.get_last_lr()[0]
+        loss, mlm, seconds = run.train_step(loader)
+        told = telemetry(run.optimizer)
+        run.history["train"].append([loss, mlm])
+        if told:
+            run.history["telemetry"].append(told)
+        for name in seconds:
+            run.seconds[name] += seconds[name]
+        if not loss < float("inf"):
+            run.diverged_at = run.step
+            raise DivergedError(
+                f"--lr: the loss is {loss} at step {run.step}; lower the peak of "
+                f"{run.phase.lr:.3g}."
+            )
+        progress.stepped(
+            run.step,
+            loss,
+            mlm,
+            lr,
+            run.phase.batch_size / seconds["train"],
+            1e3 * seconds["optimizer"],
+            seconds["data"] / seconds["train"],
+            told,
+        )
+        if run.step % settings["eval_every"] == 0 or run.step == run.phase.end:
+            _evaluate(run, progress)
+        stopped_by = run.ranks.maximum(stop.signal or 0)
+        if run.step < steps and stopped_by:
+            return signal.Signals(stopped_by)
+        if run.step < steps and run.step % settings["checkpoint_every"] == 0:
+            run.save()
+    return None
+
+
+def _evaluate(run: Run, progress: Progress) -> None:
+    mlm, run.held_out_nsp_accuracy = run.evaluate()
+    run.history["held_out"].append([run.step, mlm])
+    progress.evaluated(run.step, mlm, run.held_out_nsp_accuracy)
 
 
 def _prepare(ranks: Ranks, argv: Sequence[str] | None) -> Run:
@@ -418,7 +481,7 @@ def _make_folder(run: Run) -> None:
     if run.settings["overwrite"]:
         _delete_run(run.out)
     run.out.mkdir(parents=True, exist_ok=True)
-    run.tokenizer.save(str(run.out / TOKENIZER))
+    run.texts.tokenizer.save(str(run.out / TOKENIZER))
 
 
 def _delete_run(out: Path) -> None:
@@ -453,7 +516,12 @@ def _run(ranks: Ranks, argv: Sequence[str] | None) -> int:
         run = _prepare(ranks, argv)
         # A signal that comes to one process late must not end it while the others wait for it.
         with StopFlag() as stop:
-            stopped_by = train(run, stop)
+            try:
+                stopped_by = train(run, stop)
+            except DivergedError as error:
+                ranks.from_first(lambda: report.write_metrics(run.out / METRICS, run.metrics(None)))
+                ranks.say(f"error: {error}", file=sys.stderr)
+                return DIVERGED
             saved = run.save()
         ranks.from_first(lambda: _report(run, saved, stopped_by))
     except UserError as error:

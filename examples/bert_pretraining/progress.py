@@ -57,9 +57,21 @@ class Progress:
         lr: float,
         speed: float,
         optimizer_ms: float,
+        waited: float,
         told: list[dict[str, float]],
     ) -> None:
-        """Shows a training step; `speed` is in sequences per second, `told` the telemetry."""
+        """Shows a training step.
+
+        Args:
+            step: Number of the step.
+            loss: MLM + NSP.
+            mlm: Masked-LM loss.
+            lr: Learning rate.
+            speed: Sequences per second.
+            optimizer_ms: Milliseconds of the optimizer.
+            waited: Share of the step that was spent waiting for data.
+            told: Telemetry.
+        """
         if not self._log:
             return
         scalars = {
@@ -68,6 +80,7 @@ class Progress:
             "lr": lr,
             "speed/sequences_per_second": speed,
             "speed/optimizer_ms": optimizer_ms,
+            "speed/share_waiting_for_data": waited,
         }
         for group, values in zip(GROUPS, told, strict=False):
             tag = group.replace(" ", "_")
@@ -75,7 +88,8 @@ class Progress:
         for name, value in scalars.items():
             self._log.add_scalar(name, value, step)
         self._bar.set_postfix_str(
-            f"loss {loss:.3f}, lr {lr:.2e}, {speed:.0f} seq/s, optimizer {optimizer_ms:.1f} ms",
+            f"loss {loss:.3f}, lr {lr:.2e}, {speed:.0f} seq/s, optimizer {optimizer_ms:.1f} ms, "
+            f"idle for data {waited:.1%}",
             refresh=False,
         )
         self._bar.update()

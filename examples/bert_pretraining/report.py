@@ -81,7 +81,9 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
 def summary(metrics: dict[str, Any]) -> str:
     """The closing summary of a finished run."""
     rows = {
-        "steps": f"{metrics['steps']}, {metrics['batch_size']} sequences each",
+        "steps": ", then ".join(
+            f"{p['steps']}, {p['batch_size']} sequences each" for p in metrics["phases"]
+        ),
         "training loss": f"{metrics['train_loss_first']:.3f} -> {metrics['train_loss_last']:.3f}"
         " (MLM + NSP)",
         "held-out MLM loss": f"{metrics['held_out_mlm_start']:.3f} -> "
@@ -90,6 +92,7 @@ def summary(metrics: dict[str, Any]) -> str:
         "throughput": f"{metrics['sequences_per_second']:.1f} sequences/s",
         "optimizer": f"{metrics['optimizer']}, {metrics['optimizer_ms']:.2f} ms a step, "
         f"{metrics['optimizer_share']:.2%} of the step time",
+        "data": f"{metrics['data_share']:.2%} of the step time spent waiting for it",
         "plot": metrics["plot"],
         "telemetry": metrics["telemetry"] or "none: the optimizer does not tell",
         "metrics": metrics["metrics"],
