@@ -90,7 +90,7 @@ STUDIES = {
 
 _FEW = (
     "--steps 6 --batch-size 8 --micro-batch-size 8 --eval-every 3 --eval-examples 8 --device cpu "
-    "--data-workers 0"
+    "--data-workers 0 --precision float32"
 )
 
 
