@@ -90,12 +90,12 @@ STUDIES = {
 
 _FEW = (
     "--steps 6 --batch-size 8 --micro-batch-size 8 --eval-every 3 --eval-examples 8 --device cpu "
-    "--data-workers 0"
+    "--data-workers 0 --precision float32"
 )
 
 
 def quick(study: Study) -> Study:
-    """The same wiring in a minute: six steps of a small batch on the CPU, two lrs, two seeds."""
+    """The same wiring in minutes: six steps of a small batch on the CPU, two lrs, two seeds."""
     return replace(
         study,
         pretrain=f"{study.pretrain} {_FEW}",
@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once", type=number(int, 1), help="runs side by side; None: the config's"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="check the wiring in a minute; says nothing else"
+        "--quick", action="store_true", help="check the wiring: six steps a run; says nothing else"
     )
     parser.add_argument(
         "--docs",
