@@ -153,6 +153,8 @@ def test_refusals(
         capsys, arguments(corpus_file, fresh, "--sequence-length", "513")
     )
     assert "--vocab-size" in error_of(capsys, arguments(corpus_file, fresh, "--vocab-size", "9"))
+    int8 = arguments(corpus_file, fresh, "--optimizer", "adamw", "--state-dtype", "int8")
+    assert "--state-dtype: adamw" in error_of(capsys, int8)
     assert not fresh.exists()
 
 
@@ -450,6 +452,7 @@ def test_maxva_optimizers_get_their_arguments(name: str) -> None:
         "betas": [0.9, 0.99],
         "beta_min": 0.25,
         "max_grad_norm": 0.5,
+        "state_dtype": "int8",
     }
     model = tiny_model()
     optimizer, step = example.optimizers.build_optimizer(
@@ -461,6 +464,7 @@ def test_maxva_optimizers_get_their_arguments(name: str) -> None:
         assert group["betas"] == (0.9, 0.99)
         assert group["beta_min"] == 0.25
         assert group["max_grad_norm"] == 0.5
+        assert group["state_dtype"] == "int8"
     model.cls.seq_relationship.bias.grad = torch.ones(2)
     before = model.cls.seq_relationship.bias.detach().clone()
     step()

@@ -150,7 +150,13 @@ def test_lamb_is_lamb() -> None:
     lr, decay, eps = 0.01, 0.1, 1e-6
     w, b = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4))
     groups = [{"params": [w], "weight_decay": decay}, {"params": [b], "weight_decay": 0.0}]
-    settings = {"optimizer": "lamb", "betas": [0.9, 0.999], "beta_min": 0.5, "max_grad_norm": 1.0}
+    settings = {
+        "optimizer": "lamb",
+        "betas": [0.9, 0.999],
+        "beta_min": 0.5,
+        "max_grad_norm": 1.0,
+        "state_dtype": "float32",
+    }
     _, step = example.optimizers.build_optimizer(groups, settings, lr)
     expected = [p.detach().double().clone() for p in (w, b)]
     m, v = ([torch.zeros_like(p) for p in expected] for _ in range(2))

@@ -45,6 +45,7 @@ def _maxva(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "beta_min": settings["beta_min"],
         "max_grad_norm": settings["max_grad_norm"],
+        "state_dtype": settings["state_dtype"],
         "collect_stats": True,
     }
 
@@ -74,7 +75,7 @@ def build_optimizer(
 
     Args:
         groups: Parameter groups.
-        settings: `optimizer`, `betas`, `beta_min`, `max_grad_norm`.
+        settings: `optimizer`, `betas`, `beta_min`, `max_grad_norm`, `state_dtype`.
         lr: Peak lr of the first phase.
 
     Raises:

@@ -76,6 +76,11 @@ def validate(settings: dict[str, Any], processes: int, launched: bool) -> None:
         )
     if settings["shards"] and settings["corpus"]:
         raise UserError("--shards: shards hold their text already; leave out --corpus.")
+    if settings["optimizer"] == "adamw" and settings["state_dtype"] != "float32":
+        raise UserError(
+            f"--state-dtype: adamw keeps float32 states, not {settings['state_dtype']}; choose "
+            f"madam, lamadam or lamb."
+        )
     if settings["shards"] and settings["docstrings"]:
         raise UserError("--shards: give --docstrings to prepare.py instead.")
     counts = {name: len(settings[name]) for name in PER_PHASE if len(settings[name]) > 1}
@@ -258,6 +263,12 @@ def _parser() -> argparse.ArgumentParser:
         type=number(float, 0.0, 1.0, open_low=True),
         default=0.5,
         help="lower averaging coefficient of MaxVA; adamw and lamb have none",
+    )
+    group.add_argument(
+        "--state-dtype",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="how the optimizer keeps its states; adamw has float32 only",
     )
     group.add_argument(
         "--max-grad-norm", type=positive, default=1.0, help="clip gradients to this global norm"
