@@ -592,6 +592,8 @@ BAD_STATES: dict[str, tuple[str, Any, str]] = {
     "maximum": ("maxva_packed_max", lambda x: torch.zeros(5, 140), "maxva_packed_max is"),
     "maximum's scale": ("maxva_packed_max", lambda x: torch.zeros(5, 140, dtype=torch.uint8),
                         "maxva_scale holds a scale"),
+    "maximum's strides": ("maxva_packed_max", lambda x: torch.zeros(140, 5, dtype=torch.uint8).t(),
+                          "maxva_packed_max has strides"),
     "strides": ("maxva_packed", lambda x: x.t().contiguous().t(), "strides"),
 }  # fmt: skip
 
