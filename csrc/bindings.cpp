@@ -324,6 +324,13 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
                       " of shape ", theta[i].sizes(), " and strides ", theta[i].strides(),
                       " is not dense with dimension 0 outermost, which compact states need; make "
                       "it contiguous");
+    for (const List& list : at::ArrayRef<List>(lists).slice(0, 2)) {
+      if (list.tensors.empty()) continue;
+      // no copy of another layout would do: its blocks, and so its scales, are of other elements
+      TORCH_CHECK_VALUE(same_layout(theta[i], list.tensors[i]), "maxva: ", list.name, "[", i,
+                        "] has strides ", list.tensors[i].strides(), ", its parameter has ",
+                        theta[i].strides(), "; blocks are of memory, so the layouts must agree");
+    }
     TORCH_CHECK_VALUE(rounding_of.parameter >= 0, "maxva: rounding[", i,
                       "] has no parameter index, which compact states need");
     if (!is_int8) continue;

@@ -91,7 +91,7 @@ MAXVA_INLINE void decode_maximum(const StoredMaximum<kPacking>* __restrict maxim
   }
 }
 
-// The bits of the largest magnitudes of r, mean and sd: above kLargestFinite where one is not.
+// The bits of the largest magnitudes of r, mean and sd: of inf or NaN where one is not finite.
 struct Largest {
   int32_t r = 0, mean = 0, sd = 0;
 

@@ -230,7 +230,6 @@ struct StepState {
   Scalars<T> scalars;
   T grad_scale;
   bool unscale, has_master;
-  bool aligned;  // every list but g allows wide accesses
   AnyList g;
   AnyList moved;  // what the update moves: the master weights, else theta itself
   AnyList theta;
@@ -241,6 +240,7 @@ template <typename T>
 struct BlockState : StepState<T> {
   T *m, *u, *v, *w, *vmax;
   bool m_vector, u_vector, v_vector, w_vector, vmax_vector;
+  bool aligned;   // every list but g allows wide accesses
   int n;          // elements; 0 where the step is skipped
   int64_t first;  // index of the first element in its tensor
 };

@@ -52,6 +52,12 @@ struct SeparateMultiplyAdd : FusedMultiplyAdd {
   MAXVA_INLINE static T fma(T a, T b, T c) {
     return a * b + c;
   }
+  // two roundings can leave b an ulp below a
+  template <typename T>
+  MAXVA_INLINE static T share(T a, T b) {
+    const T ratio = a / b;
+    return ratio < T(1) ? ratio : T(1);
+  }
 };
 
 // The gradient that MaxVA observes: clipped, negated to maximize, with L2 decay.
@@ -127,7 +133,7 @@ struct Normalizer {
   MAXVA_INLINE T operator()(T x) const {
     // divided first, chosen after: a division under a condition would not vectorise
     const T ratio = Ops::divide(x * numerator_scale, denominator);
-    return may_be_zero && denominator == T(0)
+    return may_be_zero && !Ops::divides(denominator)
                ? T(0)
                : ratio;  // eps = 0: v is 0, so is x, and so is the update
   }

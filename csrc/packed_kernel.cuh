@@ -9,7 +9,14 @@ namespace maxva::gpu {
 
 // Floats that are not negative are ordered as their bits.
 __device__ __forceinline__ float warp_largest(float x) {
+#if __CUDA_ARCH__ >= 800
   return float_from_bits(__reduce_max_sync(~0u, bits_of(x)));
+#else
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    x = ::fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  }
+  return x;
+#endif
 }
 
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,

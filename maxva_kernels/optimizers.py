@@ -401,7 +401,7 @@ class MaxVA(Optimizer):
                 for batch in batches:
                     check_states(batch)
             controls = self._write_controls(batches, sharding)
-            counted = self._update(batches, controls, sharding)
+            counted = self._update(batches, controls, sharding, replaced)
         except Exception:
             for p, before in replaced:
                 if before:
@@ -592,8 +592,12 @@ class MaxVA(Optimizer):
         batches: list[Batch],
         controls: dict[torch.device, tuple[Any, ...]],
         sharding: Sharding,
+        replaced: list[tuple[Tensor, dict[str, Any]]],
     ) -> set[int]:
-        """Hands every batch to its backend; returns the ids of the group steps counted there."""
+        """Hands every batch to its backend; returns the ids of the group steps counted there.
+
+        Empties `replaced` once something has changed: old states no longer fit then.
+        """
         counted: set[int] = set()
         for batch in batches:
             # a group with parameters in two batches is counted once
@@ -608,6 +612,7 @@ class MaxVA(Optimizer):
             control, grad_scale = controls[batch.device]
             backend = self._find(batch.device)
             backend.update(batch, self.algorithm, phase, control, grad_scale, norms)
+            replaced.clear()
 
         two_phases = []
         for batch in batches:

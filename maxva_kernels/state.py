@@ -286,6 +286,11 @@ def _check_compact(described: str, p: Tensor, values: dict[str, Any]) -> None:
             f"{described}: the loaded {PACKED_MAXIMUM} is {maximum.dtype}; with {PACKED} in "
             f"{packed.dtype} it must be {MAXIMUM_DTYPE[packed.dtype]}"
         )
+    if maximum is not None and not same_layout(maximum, packed):
+        raise ValueError(
+            f"{described}: the loaded {PACKED_MAXIMUM} has strides {maximum.stride()}, {PACKED} "
+            f"{packed.stride()}; blocks are of memory, so the layouts must agree"
+        )
     if (SCALE in values) != (packed.dtype == torch.int32):
         raise ValueError(
             f"{described}: the loaded state has {PACKED} in {packed.dtype} and "

@@ -36,6 +36,7 @@ from maxva_kernels.compact import (
     unsigned_value,
     window,
 )
+from maxva_kernels.reference import EagerBackend
 from maxva_kernels.rounding import random_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -577,6 +578,31 @@ def test_older_dicts_and_other_optimizers_load(algorithm: str, backend: str) -> 
     assert p.isfinite().all()
 
 
+def test_a_failure_after_the_first_batch_keeps_the_states_of_what_has_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, bias, _ = params = new_params()
+    opt = MAdam(params, fp32_state_below=0)
+    train(opt, range(2))
+    opt.param_groups[0]["state_dtype"] = "int8"  # converted in the step that fails
+    update, calls = EagerBackend.update, []
+
+    def fails_at_second(self: EagerBackend, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        update(self, *args)
+
+    monkeypatch.setattr(EagerBackend, "update", fails_at_second)
+    before = weight.clone()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(opt, range(2, 3))
+    assert not torch.equal(weight, before)
+    assert "maxva_packed" in opt.state[weight]
+    assert opt.state[weight]["step"] == 3
+    assert opt.state[bias]["step"] == 2
+
+
 BAD_STATES: dict[str, tuple[str, Any, str]] = {
     "truncated": ("maxva_packed", lambda x: x[:4], "maxva_packed has shape"),
     "block": ("maxva_scale", lambda x: x.repeat(1, 2), "maxva_scale has shape.*block size"),
@@ -592,6 +618,8 @@ BAD_STATES: dict[str, tuple[str, Any, str]] = {
     "maximum": ("maxva_packed_max", lambda x: torch.zeros(5, 140), "maxva_packed_max is"),
     "maximum's scale": ("maxva_packed_max", lambda x: torch.zeros(5, 140, dtype=torch.uint8),
                         "maxva_scale holds a scale"),
+    "maximum's strides": ("maxva_packed_max", lambda x: torch.zeros(140, 5, dtype=torch.uint8).t(),
+                          "maxva_packed_max has strides"),
     "strides": ("maxva_packed", lambda x: x.t().contiguous().t(), "strides"),
 }  # fmt: skip
 

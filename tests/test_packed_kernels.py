@@ -337,6 +337,11 @@ def _shape_of(change: str, batch: Batch) -> str:
     if change == "shape":
         p[last] = p[last][:2]
         return r"maxva_packed\[1\] has shape"
+    if change in ("strides", "maximum_strides"):
+        name = "packed" if change == "strides" else "maximum"
+        tensors = getattr(batch, name)
+        tensors[last] = tensors[last].t().contiguous().t()
+        return rf"{'maxva_packed' if name == 'packed' else 'maxva_packed_max'}\[1\] has strides"
     if change == "missing":
         p.pop()
         return "2 parameters, but 1 of maxva_packed"
@@ -365,8 +370,8 @@ def _shape_of(change: str, batch: Batch) -> str:
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 @pytest.mark.parametrize(
     "change",
-    ["float64", "layout", "word_dtype", "shape", "missing", "scale", "maximum", "rounding_empty",
-     "rounding_off", "rounding_theta", "step"],
+    ["float64", "layout", "word_dtype", "shape", "strides", "maximum_strides", "missing", "scale",
+     "maximum", "rounding_empty", "rounding_off", "rounding_theta", "step"],
 )  # fmt: skip
 def test_bad_input_changes_nothing(change: str, state_dtype: str) -> None:
     batch = make_batch([(2, 128), (3, 200)], state_dtype, "madam", amsgrad=True)

@@ -474,6 +474,9 @@ def test_several_groups_and_dtypes() -> None:
     batch.group_step = [torch.zeros(1, dtype=torch.int32) for _ in "ab"]
     ours = check_step(batch, "madam")
     assert [int(step) for step in ours.group_step] == [1, 1]
+    # the second group is counted in another call
+    batch.group_step = batch.group_step[:1]
+    assert [int(step) for step in check_step(batch, "madam").group_step] == [1]
 
 
 @interpreted

@@ -191,7 +191,8 @@ def check_arguments(
             f"maxva: {groups} groups need {groups * HYPER_FIELDS} hyper-parameters and {groups} "
             f"learning rates, got {len(hyper)} and {len(lr)}"
         )
-    if lists.group_step and len(lists.group_step) != groups:
+    # fewer: a group with parameters in two calls is counted in one of them
+    if len(lists.group_step) > groups:
         raise ValueError(f"maxva: {groups} groups, but {len(lists.group_step)} group steps")
     for k, size in enumerate(lists.group_sizes):
         if size < 0:

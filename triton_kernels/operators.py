@@ -103,7 +103,7 @@ def update_(
         vmax: maxima of v/w, or empty.
         master: float32 copies that are moved instead of theta and rounded into it, or empty.
         step: float32 counters of one element.
-        group_step: int32 counters of one element per group, or empty.
+        group_step: int32 counters of one element, of groups that this call is to count.
         group_sizes: how many consecutive parameters each group has.
         hyper: lr and the rows of `Hyper` (step_scalars.py), flat.
         lr: per group a one-element tensor that overrides hyper's, or None.
