@@ -75,15 +75,16 @@ def is_complete(
     if compact is None:
         if "maxva_weight" not in state or (amsgrad and MAXIMUM not in state):
             return False
-    elif not _has_form(p, state, compact) or (amsgrad and PACKED_MAXIMUM not in state):
+    elif not _has_form(p, state, compact) or amsgrad != (PACKED_MAXIMUM in state):
         return False
     return not has_master or "master_param" in state
 
 
 def _has_form(p: Tensor, state: dict[str, Any], compact: torch.dtype) -> bool:
     packed = state.get(PACKED)
-    # blocks are of memory, so the layout counts
-    return packed is not None and packed.dtype == compact and same_layout(packed, p)
+    if packed is None or packed.dtype != compact or packed.shape != p.shape:
+        return False
+    return same_layout(packed, p)  # blocks are of memory
 
 
 def completed(
@@ -108,7 +109,9 @@ def completed(
             new[PACKED] = _zeros(p, compact)
         if compact == torch.int32 and SCALE not in new:
             new[SCALE] = zeros_per_block(p)
-        if amsgrad and PACKED_MAXIMUM not in new:
+        if not amsgrad:
+            new.pop(PACKED_MAXIMUM, None)  # steps without it do not keep its scales
+        elif PACKED_MAXIMUM not in new:
             new[PACKED_MAXIMUM] = _zeros(p, MAXIMUM_DTYPE[compact])
     if "step" not in new:
         new["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

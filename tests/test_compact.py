@@ -520,6 +520,20 @@ def test_state_dtype_may_change_between_steps(kind: str, backend: str) -> None:
     assert opt.state[matrix].keys() == FLOAT32_KEYS
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_amsgrad_switched_off_forgets_its_maxima(kind: str, backend: str) -> None:
+    p = Parameter(torch.ones(40, 200))
+    opt = FusedMAdam([p], amsgrad=True, state_dtype=kind, backend=backend)
+    for amsgrad in (True, False, True):
+        opt.param_groups[0]["amsgrad"] = amsgrad
+        set_grad(p, torch.full_like(p, 0.1))
+        opt.step()
+        assert ("maxva_packed_max" in opt.state[p]) == amsgrad
+    root = decoded(opt, p).root
+    assert root is not None
+    torch.testing.assert_close(root, torch.full_like(root, 0.1), rtol=0.07, atol=0)
+
+
 def test_a_parameter_that_changes_its_layout_keeps_its_states(backend: str) -> None:
     p = Parameter(torch.randn(3, 64, 2, 2, generator=torch.Generator().manual_seed(0)))
     opt = FusedMAdam([p], state_dtype="int8", fp32_state_below=0, backend=backend)
