@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from typing import Any
 
 
@@ -19,6 +19,13 @@ def pool(count: int, prepare: Callable[..., None], *arguments: Any) -> ProcessPo
     return ProcessPoolExecutor(
         count, get_context("spawn"), initializer=_begin, initargs=(prepare, arguments)
     )
+
+
+def end(pool: ProcessPoolExecutor) -> None:
+    """Ends the processes at once, whatever they are doing; leaving the pool would wait for them."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in active_children():
+        process.terminate()
 
 
 def _begin(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
