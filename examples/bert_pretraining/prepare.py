@@ -355,6 +355,7 @@ def make_shards(plan: Plan, out: Path, processes: int) -> None:
                     for future in done:
                         future.result()
             except BrokenProcessPool as error:
+                workers.end(pool)
                 raise UserError(
                     "--processes: a worker process was killed, by a lack of memory perhaps; give "
                     "fewer, the same command goes on."
