@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,21 @@ def test_finished_runs_are_kept_and_the_others_made(
     assert found[0].mean_beta == []
     assert found[2].mean_beta == [0.5]
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_an_interrupt_ends_what_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's Ctrl-C reaches compare.py alone, which ends the script that it waits for."""
+    (tmp_path / "prepare.py").write_text(
+        "import os, signal, time\n"
+        "assert os.getpgrp() == os.getpid()\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(example.compare, "FOLDER", tmp_path)
+    driver = example.compare.Driver(study(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        driver.prepare()
+    assert [process.returncode for process in driver._running] == [-signal.SIGTERM]
 
 
 def test_another_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -124,6 +124,16 @@ def test_column_forms(header: str, row: str, where: tuple[str, ...], tmp_path: P
     assert len(rows) == (2 if header == row else 1)
 
 
+def test_only_line_ends_end_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes('sentence\tlabel\r\nA\u2028b\x85c "d.\t1\r\nE\x0b.\t0'.encode())
+    rows = example.task.read_rows(path, "--task-file", (), None)
+    assert [(row.texts[0], row.label) for row in rows] == [
+        ('A\u2028b\x85c "d.', "1"),
+        ("E\x0b.", "0"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "more", "complaint"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import multiprocessing
 import os
 import random
 import re
@@ -101,6 +103,29 @@ def test_shards_hold_what_reading_the_text_gives(
         assert sum(chunks) == len(example.store.cut_chunks(whole, 32))
 
 
+def test_both_parts_of_a_shard_are_one_open_file(prepared: SimpleNamespace) -> None:
+    def mapping(array: np.ndarray) -> object:
+        while isinstance(array, np.ndarray):
+            array = array.base
+        return array
+
+    for train, held_out in zip(prepared.train, prepared.held_out, strict=True):
+        assert isinstance(mapping(train.tokens), mmap.mmap)
+        assert mapping(train.tokens) is mapping(held_out.tokens)
+
+
+def test_uneven_files_do_not_make_too_many_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example.prepare, "_SMALLEST_SHARD", 1)
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text("A sentence. " * 8)
+    argv = ["--corpus", str(tmp_path), "--out", "unused"]
+    plan = example.prepare.make_plan(example.prepare._parser().parse_args(argv))
+    assert 100 < len(plan.units) <= 256
+    assert sum(len(unit) for unit in plan.units) == 300
+
+
 def test_examples_cross_shards_and_keep_to_documents(prepared: SimpleNamespace) -> None:
     data, stores = example.data, prepared.train
     examples = data.PretrainingExamples(stores, 32, 256, seed=0)
@@ -155,6 +180,9 @@ def test_ranks_and_resumes_divide_the_same_stream(
                 for rank in range(ranks):
                     pieces.append(loader.batch(step * batch + rank * share, share))
                     loader.expect((step + 1) * batch + rank * share, share)
+                # What stops a run reaches its workers, too, which still serve its last step.
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 for name, tensor in expected.items():
                     found = torch.cat([piece[name] for piece in pieces])
                     assert found.dtype == tensor.dtype
@@ -175,7 +203,8 @@ def test_run_on_shards_resumes_bit_exactly_from_another_place(
     example.checkpoint.checkpoints(tmp_path / "shards")[0].unlink()
     moved = tmp_path / "moved"
     moved.symlink_to(prepared.out)
-    resume = ["--out", str(tmp_path / "shards"), "--resume", "--shards", str(moved)]
+    # The options of the run may be said again.
+    resume = [*options, "--resume", "--shards", str(moved)]
     assert example.pretrain.main(resume) == 0
     assert_same_training(expected, newest_state(tmp_path / "shards"))
 
@@ -234,6 +263,9 @@ def test_parquet_row_groups(tmp_path: Path) -> None:
     assert len(parts) == 5
     found = [d for part in parts for d in example.sources.documents(part, READING)]
     assert found == [[f"First of {i}.", "Second."] for i in range(30)]
+    numbers = example.sources.Reading("auto", "id", "error")
+    with pytest.raises(example.errors.UserError, match=r"'id' of .* has int64, not text"):
+        list(example.sources.documents(parts[0], numbers))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(
@@ -294,7 +326,7 @@ def _in_time(condition: Callable[[], bool]) -> bool:
 def test_killed_at_any_moment_the_same_command_goes_on(
     prepared: SimpleNamespace, corpus_file: Path, tmp_path: Path
 ) -> None:
-    """Killed once with workers, once without; the workers end, the result has the same bytes."""
+    """Interrupted, killed with workers and without; they end, the result has the same bytes."""
     out = tmp_path / "shards"
     # One that reads slowly, so that there is something to kill.
     slow = tmp_path / "slow.py"
@@ -311,7 +343,8 @@ def test_killed_at_any_moment_the_same_command_goes_on(
         "    sys.exit(prepare.main())\n"
     )
     argv = [sys.executable, str(slow), "--corpus", str(corpus_file), "--out", str(out), *SMALL]
-    for processes in ("2", "1"):
+    # Ctrl-C does not wait for the shards that are left.
+    for processes, sent in (("2", signal.SIGINT), ("2", signal.SIGKILL), ("1", signal.SIGKILL)):
         done = _shard_count(out)
         process = subprocess.Popen(
             [*argv, "--processes", processes], stderr=subprocess.DEVNULL, start_new_session=True
@@ -320,8 +353,9 @@ def test_killed_at_any_moment_the_same_command_goes_on(
             assert _in_time(lambda before=done: _shard_count(out) > before)
             time.sleep(random.random() * 0.1)
         finally:
-            process.kill()
+            process.send_signal(sent)
             process.wait()
+        assert process.returncode == (130 if sent == signal.SIGINT else -sent)
         assert _in_time(lambda group=process.pid: not _group_lives(group))
         assert _shard_count(out) < len(prepared.train)
         assert not (out / "manifest.json").exists()
@@ -417,6 +451,20 @@ def test_other_options_or_changed_files_are_refused(
     assert "is not empty" in refused(corpus_file, folder)
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
     assert "is a file" in refused(corpus_file, other)
+
+
+def test_a_lost_vocabulary_does_not_let_other_options_in(
+    prepared: SimpleNamespace, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "shards"
+    out.mkdir()
+    expected = contents(prepared.out)
+    for name in ("plan.json", "shard-00000.safetensors"):
+        (out / name).write_bytes(expected[name])
+    assert prepare(corpus_file, out, "--vocab-size", "300") == 2
+    assert "vocabulary differ" in capsys.readouterr().err
+    assert prepare(corpus_file, out) == 0
+    assert contents(out) == expected
 
 
 def test_options_may_change_after_an_early_error(corpus_file: Path, tmp_path: Path) -> None:

@@ -163,17 +163,10 @@ class Driver:
 
     def _train(self, job: Job) -> None:
         folder = self.out / RUNS / job.name
-        options = ["--out", str(folder)]
-        if folder.is_dir() and checkpoint.checkpoints(folder):
-            options.append("--resume")
-        else:
-            options += [
-                *self.study.pretrain.split(),
-                "--overwrite",
-                "--shards",
-                str(self.out / SHARDS),
-            ]
-            options += ["--optimizer", job.optimizer, "--lr", str(job.lr), "--seed", str(job.seed)]
+        options = [*self.study.pretrain.split(), "--shards", str(self.out / SHARDS)]
+        options += ["--optimizer", job.optimizer, "--lr", str(job.lr), "--seed", str(job.seed)]
+        stopped = folder.is_dir() and checkpoint.checkpoints(folder)
+        options += ["--out", str(folder), "--resume" if stopped else "--overwrite"]
         self._call("pretrain.py", options, self.out / RUNS / f"{job.name}.log")
         metrics = json.loads((folder / "metrics.json").read_bytes())
         result = comparison.result(job.optimizer, job.lr, job.seed, metrics)
@@ -188,11 +181,21 @@ class Driver:
             log.parent.mkdir(exist_ok=True)
         command = [sys.executable, str(FOLDER / script), *options]
         with open(log or os.devnull, "w", encoding="utf-8") as output:
+            # Out of the reach of a terminal's Ctrl-C: with the signal of `_stop` it would be the
+            # second, which ends a run without a checkpoint.
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT if log else None
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT if log else None,
+                start_new_session=True,
             )
             self._running.add(process)
-            status = process.wait()
+            try:
+                status = process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
             self._running.discard(process)
         if status not in (0, _DIVERGED):
             told = f"; its output is in {log}" if log else ""
@@ -300,7 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         study = quick(study)
     out: Path = options.out or Path("runs") / f"compare-{options.config}{'-quick' * options.quick}"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        # Unless it is ignored, as nohup has it.
+        if signal.getsignal(ends) != signal.SIG_IGN:
+            signal.signal(ends, signal.default_int_handler)
     try:
         record = _open(out, study, options.overwrite)
         if options.at_once:

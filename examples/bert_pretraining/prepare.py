@@ -16,8 +16,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-text",
         type=number(float, 0.0, open_low=True),
         metavar="MB",
-        help=f"text of a shard; None: {_SMALLEST_SHARD // _MEBI}, or a {_MOST_SHARDS}th of it all",
+        help=f"text of a shard; None: {_SMALLEST_SHARD // _MEBI}, or as much as it takes for "
+        f"{_MOST_SHARDS} shards at most",
     )
     parser.add_argument(
         "--processes",
@@ -168,6 +170,11 @@ def make_plan(options: argparse.Namespace) -> Plan:
     parts += [Stretch(name, "text", 0, 0, 0) for name in named]
     if not parts:
         raise UserError("--corpus: all files are empty.")
+    units = sources.grouped(parts, target)
+    # Files fill shards unevenly, and the rows of parquet are larger than its files.
+    while len(units) > _MOST_SHARDS and not options.shard_text:
+        target += -(-target // 4)
+        units = sources.grouped(parts, target)
     if options.tokenizer:
         vocabulary = ["given", hashlib.sha256(_given_tokenizer(options.tokenizer)).hexdigest()]
     else:
@@ -181,7 +188,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         options.held_out_share,
         vocabulary,
         described,
-        sources.grouped(parts, target),
+        units,
     )
 
 
@@ -211,7 +218,7 @@ def refuse_other(out: Path, plan: Plan) -> None:
         if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"--out: {out} is not empty; give --overwrite or another folder.")
         return
-    if not (out / shards.TOKENIZER).is_file():
+    if not _is_begun(out):
         # Nothing has been made by that plan, an error ended it.
         return
     found, wanted = json.loads(plan_file.read_bytes()), plan.as_json()
@@ -224,13 +231,19 @@ def refuse_other(out: Path, plan: Plan) -> None:
         )
 
 
+def _is_begun(out: Path) -> bool:
+    """Whether there is a vocabulary or a shard."""
+    return (out / shards.TOKENIZER).is_file() or any(out.glob("shard-*.safetensors"))
+
+
 def begin(out: Path, plan: Plan, overwrite: bool) -> None:
     """Deletes what an earlier call began to write, with `overwrite` all that it wrote."""
-    for path in out.iterdir():
+    # The plan goes last: without it nothing tells what the rest was made by.
+    for path in sorted(out.iterdir(), key=lambda path: path.name == PLAN):
         unfinished = path.name.startswith(shards.TEMPORARY)
         if unfinished or (overwrite and _is_ours(path)):
             path.unlink()
-    if not (out / shards.TOKENIZER).is_file():
+    if not _is_begun(out):
         shards.write_atomically(out / PLAN, json.dumps(plan.as_json()).encode())
 
 
@@ -294,7 +307,7 @@ def _prepare_worker(plan: Plan, out: Path, counter: Any) -> None:
     _worker.update(plan=plan, out=out, counter=counter, tokenizer=tokenizer)
 
 
-def _make_shard(number_: int) -> None:
+def _make_shard(number_: int, tell: Callable[[], object] = lambda: None) -> None:
     plan: Plan = _worker["plan"]
     tokenizer: Tokenizer = _worker["tokenizer"]
     counter = _worker["counter"]
@@ -302,6 +315,7 @@ def _make_shard(number_: int) -> None:
     def read(count: int) -> None:
         with counter.get_lock():
             counter.value += count
+        tell()
 
     longest = max_sentence_tokens(plan.sequence_lengths[0])
     builders = {part: StoreBuilder(tokenizer, longest) for part in shards.PARTS}
@@ -330,20 +344,25 @@ def make_shards(plan: Plan, out: Path, processes: int) -> None:
         if count <= 1:
             _prepare_worker(plan, out, counter)
             for n in missing:
-                _make_shard(n)
-                bar.update(counter.value - bar.n)
+                _make_shard(n, lambda: bar.update(counter.value - bar.n))
             return
         with workers.pool(count, _prepare_worker, plan, out, counter) as pool:
             pending = {pool.submit(_make_shard, n) for n in missing}
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                bar.update(counter.value - bar.n)
-                try:
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    bar.update(counter.value - bar.n)
                     for future in done:
                         future.result()
-                except UserError:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            except BrokenProcessPool as error:
+                workers.end(pool)
+                raise UserError(
+                    "--processes: a worker process was killed, by a lack of memory perhaps; give "
+                    "fewer, the same command goes on."
+                ) from error
+            except BaseException:
+                workers.end(pool)
+                raise
 
 
 def _is_sound(path: Path) -> bool:

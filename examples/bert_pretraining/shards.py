@@ -104,9 +104,13 @@ def _damaged(path: Path) -> str:
 
 
 class ShardFile:
-    """The stores of a shard; the file is mapped at first use, in every process by itself."""
+    """The stores of a shard in one mapping, which costs one open file.
+
+    Travels to other processes as the name of the file.
+    """
 
     def __init__(self, path: Path, lengths: Sequence[int]) -> None:
+        self._made_with = (path, lengths)
         header, begin = _header(path)
         mapped = np.memmap(path, mode="r")
         self.arrays: dict[str, np.ndarray] = {}
@@ -123,13 +127,16 @@ class ShardFile:
         chunks = {n: self.arrays[f"{part}.chunks.{n}"] for n in self._lengths}
         return TokenStore(*(self.arrays[f"{part}.{name}"] for name in names), chunks)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardFile, self._made_with
+
 
 class ShardedStores(Sequence[TokenStore]):
-    """The stores of one part of all shards; travels to other processes as names of files."""
+    """The stores of one part of all shards; travels to other processes as `ShardFile` does."""
 
-    def __init__(self, paths: Sequence[Path], part: str, lengths: Sequence[int]) -> None:
-        self._made_with = (paths, part, lengths)
-        self._stores = [ShardFile(path, lengths).store(part) for path in paths]
+    def __init__(self, files: Sequence[ShardFile], part: str) -> None:
+        self._made_with = (files, part)
+        self._stores = [file.store(part) for file in files]
 
     def __getitem__(self, place: int) -> TokenStore:
         return self._stores[place]
@@ -168,7 +175,8 @@ def open_shards(
     for path, about in zip(paths, manifest["shards"], strict=True):
         if not path.is_file() or read_about(path) != about:
             raise UserError(_damaged(path))
-    train, held_out = (ShardedStores(paths, part, list(lengths)) for part in PARTS)
+    files = [ShardFile(path, list(lengths)) for path in paths]
+    train, held_out = (ShardedStores(files, part) for part in PARTS)
     return train, held_out, Tokenizer.from_str(text.decode()), manifest["fingerprint"]
 
 

@@ -244,6 +244,11 @@ def _parquet_texts(stretch: Stretch, reading: Reading) -> Iterator[str]:
             f"--text-field: {stretch.path} has no column {reading.text_field!r}, there are: "
             f"{', '.join(names)}."
         )
+    kind = str(file.schema_arrow.field(reading.text_field).type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise UserError(
+            f"--text-field: column {reading.text_field!r} of {stretch.path} has {kind}, not text."
+        )
     groups = list(range(stretch.begin, stretch.end))
     for batch in file.iter_batches(row_groups=groups, columns=[reading.text_field]):
         yield from (text for text in batch.column(0).to_pylist() if text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,8 +62,10 @@ def read_rows(
         raise UserError(
             f"{option}: {path} is not UTF-8 text (byte {error.start} cannot be decoded)."
         ) from error
-    # Quotes are characters like others, a text may hold one alone.
-    table = list(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    # Quotes are characters like others, a text may hold one alone, and so are the line separators
+    # of Unicode, at which splitlines() would cut.
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+    table = [line.split("\t") for line in lines]
     if not table:
         raise UserError(f"{option}: {path} is empty.")
     given = [*text_columns, *([label_column] if label_column else [])]
