@@ -312,7 +312,7 @@ class MaxVA(Optimizer):
                     )))  # fmt: skip
         if makes_master:
             for p, state in complete:
-                self.state[p] = state
+                _refill(self.state[p], state)
 
     def state_memory(self) -> dict[str, int]:
         """Bytes that the states made so far take on this rank.
@@ -404,9 +404,8 @@ class MaxVA(Optimizer):
             counted = self._update(batches, controls, sharding, replaced)
         except Exception:
             for p, before in replaced:
-                if before:
-                    self.state[p] = before
-                else:
+                _refill(self.state[p], before)
+                if not before:
                     del self.state[p]
             raise
         self._count_groups(controls, counted)
@@ -474,9 +473,11 @@ class MaxVA(Optimizer):
                             "CUDA graph is being captured; every replay would reset it. Run a step "
                             "before the capture"
                         )
-                    replaced.append((p, state))
-                    state = completed(p, state, compact, amsgrad, has_master, self.algorithm)
-                    self.state[p] = state
+                    replaced.append((p, dict(state)))
+                    _refill(
+                        state,
+                        completed(p, state, compact, amsgrad, has_master, self.algorithm),
+                    )
                 batch.theta.append(p)
                 batch.g.append(g)
                 if compact is None:
@@ -786,6 +787,12 @@ class LaMAdam(MaxVA):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
+
+
+def _refill(state: dict[str, Any], new: dict[str, Any]) -> None:
+    """Exchanges what a state holds, in place: others may hold the dict."""
+    state.clear()
+    state.update(new)
 
 
 def _check_options(group: dict[str, Any], first: dict[str, Any]) -> tuple[float, ...]:
