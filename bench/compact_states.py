@@ -267,8 +267,8 @@ Training loss, mean of the last tenth; bytes of state per parameter (vectors sta
 
 ## Time of a step
 
-{tensors} float32 parameters of 768 x 768, one thread: median over {rounds} rounds of the step's time by
-that of torch's fused AdamW in the same round.
+{tensors} float32 parameters of 768 x 768, one thread: median over {rounds} rounds of the step's
+time by that of torch's fused AdamW in the same round.
 
 {times}
 """
