@@ -2,9 +2,10 @@
 
     python bench/compact_states.py [--quick] [--write docs/compact_states.md]
 
-Three studies in one thread: the rounding of one step, by slot; the noisy quadratic model of the
-paper's Sec. 4.2; a small character transformer. Peers with 8-bit states take part where they are
-installed (bitsandbytes, torchao). Minutes on one core.
+Four studies in one thread: the rounding of one step, by slot; the noisy quadratic model of the
+paper's Sec. 4.2; a small character transformer; the time of a step. bitsandbytes' 8-bit AdamW
+takes part where it is installed, torchao's with --torchao (its step is compiled first). Some
+minutes on a core.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import pydoc_data.topics
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from maxva_kernels.compact import WORD_DTYPE, Moments, Packed, fold, pack, unpac
 from maxva_kernels.rounding import random_words
 
 SEEDS = (0, 1, 2)
+ADAMW = "torch AdamW float32"
 Make = Callable[..., torch.optim.Optimizer]
 
 
@@ -41,22 +44,27 @@ class Contestant:
     lr: float
 
 
-def contestants() -> list[Contestant]:
+def contestants(torchao: bool) -> list[Contestant]:
     """Ours in every state_dtype, torch's AdamW, and the 8-bit peers that are installed."""
     ours = [
         Contestant(f"{cls.__name__} {kind}", _ours(cls, kind), 3e-3)
         for cls in (FusedMAdam, FusedLaMAdam)
         for kind in ("float32", "bfloat16", "int8")
     ]
-    found = [*ours, Contestant("torch AdamW float32", torch.optim.AdamW, 1e-3)]
-    for module, label in (("bitsandbytes.optim", "bitsandbytes"), ("torchao.optim", "torchao")):
+    found = [*ours, Contestant(ADAMW, _fused_adamw, 1e-3)]
+    peers = ["bitsandbytes", *(["torchao"] if torchao else [])]
+    for label in peers:
         try:
-            peer = importlib.import_module(module)
+            peer = importlib.import_module(f"{label}.optim")
         except ImportError as error:
             print(f"{label} does not take part: {error}", file=sys.stderr)
         else:
             found.append(Contestant(f"{label} AdamW 8-bit", peer.AdamW8bit, 1e-3))
     return found
+
+
+def _fused_adamw(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, fused=True, **options)
 
 
 def _ours(cls: Any, kind: str) -> Make:
@@ -196,6 +204,36 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size()
 
 
+# --- the time of a step --------------------------------------------------------------------------
+
+
+def times(found: list[Contestant], tensors: int, rounds: int) -> dict[str, float]:
+    """Median over rounds of each one's step time by that of AdamW in the same round.
+
+    Gradients change their sign from round to round.
+    """
+    optimizers = {}
+    for contestant in found:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(768, 768, generator=generator)) for _ in range(tensors)]
+        for p in params:
+            p.grad = 0.01 * torch.randn(p.shape, generator=generator)
+        optimizers[contestant.name] = contestant.make(params, lr=1e-4, weight_decay=0.01)
+    ratios: dict[str, list[float]] = {name: [] for name in optimizers}
+    for turn in range(rounds + 2):
+        taken = {}
+        for name, opt in optimizers.items():
+            for p in opt.param_groups[0]["params"]:
+                p.grad.neg_()
+            begin = time.perf_counter()
+            opt.step()
+            taken[name] = time.perf_counter() - begin
+        if turn >= 2:  # the first ones make states
+            for name in optimizers:
+                ratios[name].append(taken[name] / taken[ADAMW])
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
 # --- the document --------------------------------------------------------------------------------
 
 TEXT = """# Accuracy and memory of compact states
@@ -226,6 +264,13 @@ warm-up and cosine, weight decay 0.01; ours at lr 3e-3, AdamW and the peers at i
 Training loss, mean of the last tenth; bytes of state per parameter (vectors stay float32).
 
 {transformer}
+
+## Time of a step
+
+{tensors} float32 parameters of 768 x 768, one thread: median over {rounds} rounds of the step's
+time by that of torch's fused AdamW in the same round.
+
+{times}
 """
 
 
@@ -243,14 +288,17 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs")
+    parser.add_argument("--torchao", action="store_true", help="torchao's AdamW, too")
     parser.add_argument("--write", type=Path, help="the document; printed without")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps, trials, net_steps = (20, 2048, 4) if args.quick else (600, 2048, 150)
-    lrs = (0.03,) if args.quick else (0.01, 0.02, 0.03, 0.05)
+    steps, trials, net_steps = (20, 2048, 4) if args.quick else (600, 2048, 200)
+    lrs = (0.01,) if args.quick else (0.003, 0.005, 0.01, 0.02)
+    tensors, rounds = (2, 3) if args.quick else (40, 9)
     rounding = [(kind, *(f"{e:.2%}" for e in errors)) for kind, errors in rounding_errors()]
     of_quadratic, of_transformer = [], []
-    for contestant in contestants():
+    found = contestants(args.torchao)
+    for contestant in found:
         losses = {
             lr: [quadratic(contestant, lr, seed, steps, trials) for seed in SEEDS] for lr in lrs
         }
@@ -261,6 +309,7 @@ def main() -> None:
             (contestant.name, spread([loss for loss, _ in runs]), f"{runs[0][1]:.2f}")
         )
         print(*of_quadratic[-1], *of_transformer[-1][1:], file=sys.stderr, flush=True)
+    of_times = [(name, f"{ratio:.2f}") for name, ratio in times(found, tensors, rounds).items()]
     text = TEXT.format(
         arguments=" --quick" if args.quick else "",
         machine=f"a {platform.machine()} CPU",
@@ -273,6 +322,9 @@ def main() -> None:
         quadratic=table(("optimizer", "best lr", "loss"), of_quadratic),
         net_steps=net_steps,
         transformer=table(("optimizer", "loss", "bytes per parameter"), of_transformer),
+        tensors=tensors,
+        rounds=rounds,
+        times=table(("optimizer", "time by AdamW's"), of_times),
     )
     if args.write is None:
         print(text)
