@@ -146,20 +146,26 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
+def read_utf8(path: Path, option: str) -> str:
+    """A text file's content; `option`, which named the file, stands in the errors."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{option}: cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{option}: {path} is not UTF-8 text (byte {error.start} cannot be decoded)."
+        ) from error
+    if "\0" in text:
+        raise UserError(f"{option}: {path} is a binary file, not text (it has NUL bytes).")
+    return text
+
+
 def file_documents(patterns: Sequence[str]) -> list[Document]:
     """Reads UTF-8 text files in which blank lines separate documents."""
     documents = []
     for path in corpus_files(patterns):
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise UserError(f"--corpus: cannot read {path}: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--corpus: {path} is not UTF-8 text (byte {error.start} cannot be decoded)."
-            ) from error
-        if "\0" in text:
-            raise UserError(f"--corpus: {path} is a binary file, not text (it has NUL bytes).")
+        text = read_utf8(path, "--corpus")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         documents += [split_sentences(block) for block in BLANK_LINES.split(text)]
     return documents

@@ -154,7 +154,8 @@ def _fine_tune(
     """Trains `model`; the loss of every step."""
     device = next(model.parameters()).device
     groups = decay_groups(model, options.weight_decay)
-    optimizer, clip_and_step = build_optimizer(groups, vars(options), options.lr)
+    settings = {**vars(options), "state_dtype": "float32"}
+    optimizer, clip_and_step = build_optimizer(groups, settings, options.lr)
     per_epoch = -(-len(train) // options.batch_size)
     factor = warmup_polynomial(options.epochs * per_epoch, options.warmup, 1.0, whole=False)
     scheduler = LambdaLR(optimizer, factor)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from corpus import read_utf8
 from data import CLS, PAD, SEP
 from errors import UserError
 from tokenizers import Tokenizer
@@ -54,14 +55,7 @@ def read_rows(
             is no header; empty for the names that GLUE uses.
         label_column: The same for the label.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{option}: cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{option}: {path} is not UTF-8 text (byte {error.start} cannot be decoded)."
-        ) from error
+    text = read_utf8(path, option)
     # Quotes are characters like others, a text may hold one alone, and so are the line separators
     # of Unicode, at which splitlines() would cut.
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
