@@ -41,6 +41,9 @@ MODULES = (
     "workers",
     "store",
     "errors",
+    "files",
+    "texts",
+    "devices",
 )
 RANKS = Path(__file__).with_name("bert_ranks.py")
 STEPS = 6

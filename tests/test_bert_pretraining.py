@@ -188,12 +188,33 @@ def test_overwrite_deletes_the_run_and_nothing_else(
     out.mkdir()
     for path in undisturbed.out.iterdir():
         (out / path.name).mkdir() if path.is_dir() else (out / path.name).touch()
+    # What a killed run was writing.
+    for name in ("checkpoint.tmp", ".writing-1-metrics.json"):
+        (out / name).touch()
     (out / "notes.txt").write_text("keep me")
     example.pretrain._delete_run(out)
     assert [p.name for p in out.iterdir()] == ["notes.txt"]
 
 
-# Checkpoints.
+# Checkpoints and other files.
+
+
+def test_metrics_are_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.json"
+    example.report.write_metrics(path, {"value": 1})
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            example.report.write_metrics(path, {"value": 2})
+    assert json.loads(path.read_text()) == {"value": 1}
+    example.report.write_metrics(path, {"value": 3})
+    assert json.loads(path.read_text()) == {"value": 3}
 
 
 def test_interrupted_save_leaves_the_previous_one(

@@ -386,9 +386,9 @@ def _group_lives(group: int) -> bool:
 def test_two_at_a_time_are_refused(
     prepared: SimpleNamespace, corpus_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with example.prepare.locked(prepared.out):
+    with example.files.locked(prepared.out):
         assert prepare(corpus_file, prepared.out) == 2
-    assert "another process is preparing" in capsys.readouterr().err
+    assert "another process is at work" in capsys.readouterr().err
 
 
 # Bad input.

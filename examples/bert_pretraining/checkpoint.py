@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import files
 import torch
 from errors import UserError
 
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{16})\.pt")
-_TEMPORARY = "checkpoint.tmp"
+TEMPORARY = "checkpoint.tmp"
 
 
 def save(directory: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
@@ -24,14 +25,10 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int = 2) -> Pa
     The bytes reach the disk under a temporary name first: whenever the process or the machine
     stops, the checkpoints before this one are intact.
     """
-    temporary = directory / _TEMPORARY
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = directory / TEMPORARY
+    files.write_synced(temporary, lambda file: torch.save(state, file))
     path = directory / f"checkpoint-{step:08d}-{_digest(temporary)}.pt"
-    os.replace(temporary, path)
-    _sync_directory(directory)
+    files.publish(temporary, path)
     others = [other for other in checkpoints(directory) if other != path]
     same_step = [other for other in others if _step(other) == step]
     earlier = [other for other in others if _step(other) != step]
@@ -83,13 +80,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _sync_directory(directory: Path) -> None:
-    # Makes the rename durable; only POSIX systems open directories.
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

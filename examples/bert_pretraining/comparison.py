@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from errors import UserError
-from shards import write_atomically
+from files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

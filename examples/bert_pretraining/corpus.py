@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import UserError
+from files import read_utf8
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 Document = list[str]
@@ -144,21 +145,6 @@ def corpus_files(patterns: Sequence[str]) -> list[Path]:
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
-
-
-def read_utf8(path: Path, option: str) -> str:
-    """A text file's content; `option`, which named the file, stands in the errors."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{option}: cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{option}: {path} is not UTF-8 text (byte {error.start} cannot be decoded)."
-        ) from error
-    if "\0" in text:
-        raise UserError(f"{option}: {path} is a binary file, not text (it has NUL bytes).")
-    return text
 
 
 def file_documents(patterns: Sequence[str]) -> list[Document]:

@@ -60,6 +60,12 @@ def permuted(index: int, size: int, keys: Sequence[int]) -> int:
             return index
 
 
+def pair_lengths(a: int, b: int, room: int) -> tuple[int, int]:
+    """How many tokens of A and of B a sequence with `room` keeps: the longer one is shortened."""
+    keep_b = min(b, max(room - a, room // 2))
+    return min(a, room - keep_b), keep_b
+
+
 @dataclass(frozen=True)
 class Example:
     """One example before padding.
@@ -150,7 +156,10 @@ class PretrainingExamples:
             b_place, b_range = place, (split, last)
         else:
             b_place, b_range = self._other_document(place, first, self.room - len(a), rng)
-        a, b = self._truncate(a, self.stores[b_place].span(*b_range))
+        b = self.stores[b_place].span(*b_range)
+        keep_a, keep_b = pair_lengths(len(a), len(b), self.room)
+        # A loses its front and B its end, so that the seam stays.
+        a, b = a[len(a) - keep_a :], b[:keep_b]
         ids = np.concatenate([[CLS], a, [SEP], b, [SEP]]).astype(np.int64)
         token_types = np.zeros(len(ids), dtype=np.int64)
         token_types[len(a) + 2 :] = 1
@@ -217,12 +226,6 @@ class PretrainingExamples:
             first,
             max(first + 1, bisect_left(starts, int(starts[first]) + room, first, stop)),
         )
-
-    def _truncate(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shortens the longer one: A at its front, B at its end, so that the seam stays."""
-        keep_b = min(len(b), max(self.room - len(a), self.room // 2))
-        keep_a = min(len(a), self.room - keep_b)
-        return a[len(a) - keep_a :], b[:keep_b]
 
     def _mask(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         maskable = np.flatnonzero((ids != CLS) & (ids != SEP))

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import devices
 import numpy as np
 import recipes
 import report
 import task
 import torch
-from errors import UserError
+from errors import UserError, exit_status
 from model import decay_groups
 from optimizers import OPTIMIZERS, build_optimizer, warmup_polynomial
 from options import number
@@ -89,10 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=count, default=1, help="runs, with other heads, orders and dropout"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
-    parser.add_argument(
-        "--threads", type=number(int, 0), default=0, help="CPU threads; 0: torch's choice"
-    )
+    devices.add_options(parser)
     return parser
 
 
@@ -208,10 +206,7 @@ def scores(answers: np.ndarray, truth: np.ndarray, labels: int) -> dict[str, flo
 def _run(options: argparse.Namespace) -> str:
     if options.threads:
         torch.set_num_threads(options.threads)
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        raise UserError("--device: cuda was asked for, but torch sees no CUDA device.")
-    device = torch.device("cuda" if cuda and options.device != "cpu" else "cpu")
+    device = devices.chosen(options.device)
     metrics_file = options.out and options.out / "metrics.json"
     if metrics_file and metrics_file.exists() and not options.overwrite:
         raise UserError(f"--out: {metrics_file} exists; give --overwrite or another folder.")
@@ -273,15 +268,7 @@ def _summary(metrics: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    try:
-        print(_run(options))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: print(_run(options)), "interrupted")
 
 
 if __name__ == "__main__":

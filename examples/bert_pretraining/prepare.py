@@ -9,7 +9,6 @@ depend on the number of processes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,18 +22,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import files
 import shards
 import sources
 import workers
 from corpus import SPECIAL_TOKENS, Document, corpus_files, is_held_out, train_tokenizer
-from errors import UserError
+from errors import UserError, exit_status
 from options import number
 from sources import Reading, Stretch
 from store import StoreBuilder, max_sentence_tokens
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-PLAN, LOCK = "plan.json", ".lock"
+PLAN = "plan.json"
 _MEBI = 1 << 20
 # Mapped files count against the open files of a process.
 _MOST_SHARDS = 256
@@ -156,15 +156,15 @@ class Plan:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Looks at the files and divides them among shards."""
     reading = Reading(options.format, options.text_field, options.undecodable)
-    files = corpus_files(options.corpus) if options.corpus else []
-    about = [(path, path.stat()) for path in files]
+    paths = corpus_files(options.corpus) if options.corpus else []
+    about = [(path, path.stat()) for path in paths]
     total = sum(stat.st_size for _, stat in about)
     target = (
         round(options.shard_text * _MEBI)
         if options.shard_text
         else max(_SMALLEST_SHARD, -(-total // _MOST_SHARDS))
     )
-    parts = [part for path in files for part in sources.stretches(path, reading, max(1, target))]
+    parts = [part for path in paths for part in sources.stretches(path, reading, max(1, target))]
     named = [] if options.corpus else [sources.PYTHON]
     named += [sources.DOCSTRINGS] if options.docstrings else []
     parts += [Stretch(name, "text", 0, 0, 0) for name in named]
@@ -215,7 +215,7 @@ def refuse_other(out: Path, plan: Plan) -> None:
         raise UserError(f"--out: {out} is a file, not a folder.")
     plan_file = out / PLAN
     if not plan_file.is_file():
-        if any(path.name != LOCK for path in out.iterdir()):
+        if any(path.name != files.LOCK for path in out.iterdir()):
             raise UserError(f"--out: {out} is not empty; give --overwrite or another folder.")
         return
     if not _is_begun(out):
@@ -240,29 +240,16 @@ def begin(out: Path, plan: Plan, overwrite: bool) -> None:
     """Deletes what an earlier call began to write, with `overwrite` all that it wrote."""
     # The plan goes last: without it nothing tells what the rest was made by.
     for path in sorted(out.iterdir(), key=lambda path: path.name == PLAN):
-        unfinished = path.name.startswith(shards.TEMPORARY)
+        unfinished = path.name.startswith(files.TEMPORARY)
         if unfinished or (overwrite and _is_ours(path)):
             path.unlink()
     if not _is_begun(out):
-        shards.write_atomically(out / PLAN, json.dumps(plan.as_json()).encode())
+        files.write_atomically(out / PLAN, json.dumps(plan.as_json()).encode())
 
 
 def _is_ours(path: Path) -> bool:
     names = (PLAN, shards.MANIFEST, shards.TOKENIZER)
     return path.name in names or path.match("shard-*.safetensors")
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keeps other processes from preparing the same folder; ends with the process."""
-    import fcntl
-
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out: another process is preparing {out}.") from error
-        yield
 
 
 def make_tokenizer(plan: Plan, options: argparse.Namespace) -> None:
@@ -277,7 +264,7 @@ def make_tokenizer(plan: Plan, options: argparse.Namespace) -> None:
         if not sample:
             raise UserError("--corpus: the corpus has no text in it.")
         text = train_tokenizer(sample, options.vocab_size).to_str().encode()
-    shards.write_atomically(path, text)
+    files.write_atomically(path, text)
 
 
 def _sample(plan: Plan, size: int) -> Iterator[Document]:
@@ -398,7 +385,7 @@ def finish(plan: Plan, out: Path) -> dict[str, Any]:
         "sources": plan.sources,
         "shards": about,
     }
-    shards.write_atomically(out / shards.MANIFEST, json.dumps(manifest, indent=1).encode())
+    files.write_atomically(out / shards.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
 
@@ -419,34 +406,30 @@ def _summary(manifest: dict[str, Any], out: Path, seconds: float, size: int) -> 
     return "\n".join(f"{name + ':':<13}{text}" for name, text in rows.items())
 
 
+def _run(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    out: Path = options.out
+    plan = make_plan(options)
+    if not out.exists():
+        out.mkdir(parents=True)
+    if not options.overwrite:
+        refuse_other(out, plan)
+    with files.locked(out):
+        begin(out, plan, options.overwrite)
+        if (out / shards.MANIFEST).is_file():
+            shards.open_shards(out, plan.sequence_lengths)
+            print(f"all shards are in {out} already")
+            return
+        make_tokenizer(plan, options)
+        make_shards(plan, out, options.processes)
+        manifest = finish(plan, out)
+    print(_summary(manifest, out, time.perf_counter() - started, plan.size))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    started = time.perf_counter()
-    out: Path = options.out
-    try:
-        plan = make_plan(options)
-        if not out.exists():
-            out.mkdir(parents=True)
-        if not options.overwrite:
-            refuse_other(out, plan)
-        with locked(out):
-            begin(out, plan, options.overwrite)
-            if (out / shards.MANIFEST).is_file():
-                shards.open_shards(out, plan.sequence_lengths)
-                print(f"all shards are in {out} already")
-                return 0
-            make_tokenizer(plan, options)
-            make_shards(plan, out, options.processes)
-            manifest = finish(plan, out)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    print(_summary(manifest, out, time.perf_counter() - started, plan.size))
-    return 0
+    return exit_status(lambda: _run(options), "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

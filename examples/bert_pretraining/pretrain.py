@@ -7,7 +7,6 @@ torchrun --nproc-per-node 2 examples/bert_pretraining/pretrain.py --parallel ddp
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import signal
 import sys
@@ -18,13 +17,15 @@ from types import FrameType
 from typing import Any
 
 import checkpoint
+import devices
 import numpy as np
 import recipes
 import report
 import texts
 import torch
 from data import IGNORED_LABEL, PretrainingExamples
-from errors import DivergedError, UserError
+from errors import DivergedError, UserError, exit_status
+from files import TEMPORARY
 from loader import Loader
 from model import PretrainingLosses, decay_groups
 from optimizers import build_optimizer, schedule, telemetry
@@ -89,7 +90,7 @@ class Run:
         self.phases = recipes.phases(settings)
         self.step = state["step"] if state else 0
         with ranks.together():
-            self.device = _device(settings["device"], ranks.local)
+            self.device = devices.chosen(settings["device"], ranks.local)
             self._load_texts(state)
             self.enter_phase()
         ranks.require_same(
@@ -347,24 +348,6 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _device(name: str, number: int) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda was asked for, but torch sees no CUDA device.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        # Without both, two runs on a GPU differ in the last bits.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        if number >= torch.cuda.device_count():
-            raise UserError(
-                f"--device: a machine with {torch.cuda.device_count()} CUDA devices cannot take "
-                f"{number + 1} processes; give torchrun a lower --nproc-per-node."
-            )
-        torch.cuda.set_device(number)
-    return torch.device(name)
-
-
 def train(run: Run, stop: StopFlag) -> signal.Signals | None:
     """Trains to the last step, or to the end of the step in which a process gets a signal.
 
@@ -486,8 +469,10 @@ def _make_folder(run: Run) -> None:
 
 def _delete_run(out: Path) -> None:
     """Deletes what a run writes, nothing else."""
-    files = [out / name for name in (PLOT, TELEMETRY_PLOT, METRICS, TOKENIZER)]
-    for path in [*files, *out.glob("checkpoint*.pt"), *out.glob("checkpoint*.pt.damaged")]:
+    names = [PLOT, TELEMETRY_PLOT, METRICS, TOKENIZER, checkpoint.TEMPORARY]
+    patterns = ("checkpoint*.pt", "checkpoint*.pt.damaged", f"{TEMPORARY}*")
+    found = [path for pattern in patterns for path in out.glob(pattern)]
+    for path in [*(out / name for name in names), *found]:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
@@ -530,20 +515,19 @@ def _run(ranks: Ranks, argv: Sequence[str] | None) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
+def _run_together(argv: Sequence[str] | None) -> int:
+    with Ranks() as ranks:
+        status = _run(ranks, argv)
+        # torchrun ends the other processes as soon as one has failed.
+        ranks.wait()
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
-        with Ranks() as ranks:
-            status = _run(ranks, argv)
-            # torchrun ends the other processes as soon as one has failed.
-            ranks.wait()
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written after the last checkpoint", file=sys.stderr)
-        return 130
-    return status
+    return exit_status(
+        lambda: _run_together(argv), "interrupted; nothing was written after the last checkpoint"
+    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from files import write_atomically
 from model import GROUPS
 
 matplotlib.use("Agg")
@@ -73,9 +73,7 @@ def plot_telemetry(path: Path, telemetry: list[list[dict[str, float]]], title: s
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Writes `metrics` as JSON, in one piece or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def summary(metrics: dict[str, Any]) -> str:

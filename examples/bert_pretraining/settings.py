@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import devices
 from errors import UserError
 from model import SHAPES
 from optimizers import OPTIMIZERS
@@ -308,8 +309,5 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="how the processes that torchrun started train together",
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
-    group.add_argument(
-        "--threads", type=number(int, 0), default=0, help="CPU threads; 0: torch's choice"
-    )
+    devices.add_options(group)
     return parser

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from errors import UserError
+from files import write_atomically
 from safetensors.numpy import save
 from store import TokenStore, cut_chunks
 from tokenizers import Tokenizer
@@ -23,24 +23,12 @@ from tokenizers import Tokenizer
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 PARTS = ("train", "held_out")
-# Prefix of what has no name of its own yet.
-TEMPORARY = ".writing-"
 _DTYPES = {"U16": np.uint16, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 
 
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard-{number:05d}.safetensors"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, whenever the machine stops."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_shard(

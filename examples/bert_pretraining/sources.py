@@ -22,6 +22,7 @@ from corpus import (
     split_sentences,
 )
 from errors import UserError
+from files import decode_utf8
 
 FORMATS = ("auto", "text", "wiki", "jsonl", "parquet")
 #: Stretches that are no files.
@@ -167,19 +168,14 @@ def _blocks(stretch: Stretch) -> Iterator[tuple[int, bytes]]:
 
 
 def _decoded(path: str, offset: int, block: bytes, reading: Reading) -> str:
-    if b"\0" in block:
-        raise UserError(
-            f"--corpus: {path} is a binary file, not text (it has a NUL at byte "
-            f"{offset + block.index(0)})."
-        )
-    try:
-        text = block.decode("utf-8", "strict" if reading.undecodable == "error" else "replace")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--corpus: {path} is not UTF-8 text (byte {offset + error.start} cannot be decoded); "
-            "convert it, or give --undecodable replace."
-        ) from error
-    return text if offset else text.removeprefix("\ufeff")
+    return decode_utf8(
+        block,
+        path,
+        "--corpus",
+        offset=offset,
+        replace=reading.undecodable == "replace",
+        advice="convert it, or give --undecodable replace",
+    )
 
 
 def _text_block(path: str, offset: int, block: bytes, reading: Reading) -> Iterator[Document]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import read_utf8
-from data import CLS, PAD, SEP
+from data import CLS, PAD, SEP, pair_lengths
 from errors import UserError
+from files import read_utf8
 from tokenizers import Tokenizer
 
 # Column names of GLUE's tasks, in the order in which they are looked for.
@@ -142,8 +142,8 @@ class EncodedRows:
         if len(texts) == 1:
             return [texts[0][:room]]
         a, b = texts
-        keep_b = min(len(b), max(room - len(a), room // 2))
-        return [a[: room - keep_b], b[:keep_b]]
+        keep_a, keep_b = pair_lengths(len(a), len(b), room)
+        return [a[:keep_a], b[:keep_b]]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """int64 tensors of shape (rows, longest), and `labels` of shape (rows,)."""
