@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bert_runs import example
+from bert_runs import FOLDER, example
 
 BEST = {"adamw": 2.0, "lamb": 8.0, "madam": 4.0, "lamadam": 1.0}
 
@@ -184,14 +187,71 @@ def test_an_interrupt_ends_what_is_running(tmp_path: Path, monkeypatch: pytest.M
 
 def test_another_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "study"
+    out.mkdir()
     record = example.compare._open(out, study(), overwrite=False)
-    (out / "study.json").write_text(json.dumps(record))
+    # From the beginning on, so that the command goes on after a kill.
+    assert json.loads((out / "study.json").read_text()) == record
     assert example.compare._open(out, study(), overwrite=False) == record
     assert example.compare.main(["--out", str(out)]) == 2
     assert "another study" in capsys.readouterr().err
     (tmp_path / "notes").touch()
     assert example.compare.main(["--out", str(tmp_path)]) == 2
     assert "holds no study" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "study"]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import compare, files
+out = Path(sys.argv[2])
+compare.FOLDER = out.parent
+with files.locked(out) as lock:
+    compare.Driver(compare.STUDIES["cpu"], out, lock).prepare()
+"""
+
+
+def test_two_at_a_time_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also while a run goes on whose driver was killed."""
+    out = tmp_path / "study"
+    out.mkdir()
+    go = tmp_path / "go"
+    (tmp_path / "prepare.py").write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        f"Path({str(tmp_path / 'running')!r}).touch()\n"
+        f"while not Path({str(go)!r}).exists():\n"
+        "    time.sleep(0.01)\n"
+    )
+    argv = [sys.executable, "-c", DRIVER, str(FOLDER), str(out)]
+    driver = subprocess.Popen(argv)
+    try:
+        wait_until((tmp_path / "running").exists)
+        assert example.compare.main(["--out", str(out)]) == 2
+        assert "another process is at work in" in capsys.readouterr().err
+        driver.kill()
+        driver.wait()
+        assert not is_free(out)
+    finally:
+        driver.kill()
+        go.touch()
+    wait_until(lambda: is_free(out))
+
+
+def is_free(out: Path) -> bool:
+    try:
+        with example.files.locked(out):
+            return True
+    except example.errors.UserError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_docstrings_widen_the_corpus_without_importing() -> None:

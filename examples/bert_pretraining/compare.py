@@ -24,11 +24,11 @@ from typing import Any
 
 import checkpoint
 import comparison
+import files
 import torch
 from comparison import Result
-from errors import UserError
+from errors import UserError, exit_status
 from options import number
-from shards import write_atomically
 from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
@@ -120,11 +120,18 @@ class Job:
 
 
 class Driver:
-    """Makes the runs of a study that are not there yet."""
+    """Makes the runs of a study that are not there yet.
 
-    def __init__(self, study: Study, out: Path) -> None:
+    Args:
+        study: The study.
+        out: Its folder.
+        lock: What `files.locked` gave; runs hold it, too, since they outlive a killed driver.
+    """
+
+    def __init__(self, study: Study, out: Path, lock: int | None = None) -> None:
         self.study = study
         self.out = out
+        self._held = () if lock is None else (lock,)
         self._running: set[subprocess.Popen] = set()
         self._stopping = False
 
@@ -172,7 +179,7 @@ class Driver:
         result = comparison.result(job.optimizer, job.lr, job.seed, metrics)
         path = self._result_file(job)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(asdict(result)).encode())
+        files.write_atomically(path, json.dumps(asdict(result)).encode())
         shutil.rmtree(folder)
 
     def _call(self, script: str, options: list[str], log: Path | None) -> None:
@@ -188,6 +195,7 @@ class Driver:
                 stdout=output,
                 stderr=subprocess.STDOUT if log else None,
                 start_new_session=True,
+                pass_fds=self._held,
             )
             self._running.add(process)
             try:
@@ -250,6 +258,13 @@ def _machine() -> str:
     return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
+def _refuse_foreign(out: Path) -> None:
+    """Raises a UserError if `out` is a folder of something else."""
+    study = (out / STUDY).is_file()
+    if not study and out.is_dir() and any(path.name != files.LOCK for path in out.iterdir()):
+        raise UserError(f"--out: {out} is not empty and holds no study; give another folder.")
+
+
 def _open(out: Path, study: Study, overwrite: bool) -> dict[str, Any]:
     """The record of the study in `out`, a new one where there is none."""
     path = out / STUDY
@@ -266,10 +281,13 @@ def _open(out: Path, study: Study, overwrite: bool) -> dict[str, Any]:
                 "folder."
             )
         return record
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out: {out} is not empty and holds no study; give another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    return {"study": wanted, "seconds": 0.0, "machine": _machine()}
+    record = {"study": wanted, "seconds": 0.0, "machine": _machine()}
+    _write_record(out, record)
+    return record
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    files.write_atomically(out / STUDY, json.dumps(record, indent=1).encode())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -296,35 +314,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    options = _parser().parse_args(argv)
+def _run(options: argparse.Namespace) -> None:
     study = STUDIES[options.config]
     if options.quick:
         study = quick(study)
     out: Path = options.out or Path("runs") / f"compare-{options.config}{'-quick' * options.quick}"
-    for ends in (signal.SIGTERM, signal.SIGHUP):
-        # Unless it is ignored, as nohup has it.
-        if signal.getsignal(ends) != signal.SIG_IGN:
-            signal.signal(ends, signal.default_int_handler)
-    try:
+    _refuse_foreign(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with files.locked(out) as lock:
         record = _open(out, study, options.overwrite)
         if options.at_once:
             study = replace(study, at_once=options.at_once)
         started = time.perf_counter()
         try:
-            results = run_study(Driver(study, out))
+            results = run_study(Driver(study, out, lock))
         finally:
             record["seconds"] += time.perf_counter() - started
-            write_atomically(out / STUDY, json.dumps(record, indent=1).encode())
+            _write_record(out, record)
         print(comparison.report(results, record, out, options.docs))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = _parser().parse_args(argv)
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        # Unless it is ignored, as nohup has it.
+        if signal.getsignal(ends) != signal.SIG_IGN:
+            signal.signal(ends, signal.default_int_handler)
+    return exit_status(lambda: _run(options), "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":
