@@ -50,6 +50,8 @@ STEPS = 6
 
 
 example = import_example(FOLDER, MODULES)
+#: How files are read without further options.
+READING = example.sources.Reading("auto", "text", "error")
 
 
 def write_corpus(path: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bert_runs import (
+    READING,
     SCRIPT,
     STEPS,
     arguments,
@@ -158,6 +159,17 @@ def test_refusals(
     assert not fresh.exists()
 
 
+def test_other_formats_are_the_same_corpus(
+    undisturbed: SimpleNamespace, corpus_file: Path, tmp_path: Path
+) -> None:
+    rows = [{"body": text} for text in corpus_file.read_text().split("\n\n")]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = arguments(path, tmp_path / "run", "--text-field", "body")
+    assert example.pretrain.main(argv) == 0
+    assert_same_training(newest_state(undisturbed.out), newest_state(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -167,8 +179,9 @@ def test_refusals(
         (b"One document only. It has two sentences.", "at least 2"),
         (b"text \xff\xfe more", "byte 5"),
         (b"PK\x03\x04\x00\x00", "binary"),
+        (b"<html>\nOne. Two.\n\nThree. Four.\n", "looks like"),
     ],
-    ids=["missing", "empty", "blank", "one document", "undecodable", "binary"],
+    ids=["missing", "empty", "blank", "one document", "undecodable", "binary", "markup"],
 )
 def test_corpus_errors(
     content: bytes | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -257,7 +270,7 @@ def test_flipped_bit_is_recognised(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenized(corpus_file: Path) -> SimpleNamespace:
-    train, held_out = example.corpus.load_corpus([str(corpus_file)], 0.2)
+    train, held_out = example.texts.load_corpus([str(corpus_file)], READING, 0.2)
     tokenizer = example.corpus.train_tokenizer(train, 256)
     store = example.store.tokenize(train, tokenizer, 14)
     examples = example.data.PretrainingExamples([store], 32, tokenizer.get_vocab_size(), seed=0)
@@ -355,11 +368,11 @@ def test_tokenizer_is_reproducible(tokenized: SimpleNamespace) -> None:
 
 
 def test_split_depends_on_the_text_only(corpus_file: Path, tmp_path: Path) -> None:
-    _, held_out = example.corpus.load_corpus([str(corpus_file)], 0.2)
+    _, held_out = example.texts.load_corpus([str(corpus_file)], READING, 0.2)
     blocks = corpus_file.read_text().split("\n\n")
     shuffled = tmp_path / "shuffled.txt"
     shuffled.write_text("\n\n".join([*reversed(blocks), "Something new. It is added."]))
-    _, held_out_again = example.corpus.load_corpus([str(shuffled)], 0.2)
+    _, held_out_again = example.texts.load_corpus([str(shuffled)], READING, 0.2)
     texts = {tuple(d) for d in held_out}
     assert len(texts) > 5
     assert texts == {tuple(d) for d in held_out_again} - {("Something new.", "It is added.")}
@@ -387,7 +400,7 @@ def test_folders_and_globs(tmp_path: Path) -> None:
 
 
 def test_python_documentation_is_split_without_overlap() -> None:
-    train, held_out = example.corpus.load_corpus([], 0.1)
+    train, held_out = example.texts.load_corpus([], READING, 0.1)
     assert sum(len(s) for d in train for s in d) > 100_000
     long = {s for d in train for s in d if len(s) > 100}
     shared = [s for d in held_out for s in d if s in long]

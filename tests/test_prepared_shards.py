@@ -20,13 +20,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bert_runs import FOLDER, STEPS, arguments, assert_same_training, example, newest_state
+from bert_runs import (
+    FOLDER,
+    READING,
+    STEPS,
+    arguments,
+    assert_same_training,
+    example,
+    newest_state,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 _SMALL = "--vocab-size 256 --sequence-lengths 32 16 --held-out-share 0.2 --shard-text 0.005"
 SMALL = [*_SMALL.split(), "--processes", "1"]
-READING = example.sources.Reading("auto", "text", "error")
 
 
 def prepare(corpus: Path | str, out: Path, *more: str) -> int:
@@ -88,7 +95,7 @@ def test_a_large_permutation_takes_no_memory() -> None:
 def test_shards_hold_what_reading_the_text_gives(
     prepared: SimpleNamespace, corpus_file: Path
 ) -> None:
-    parts = example.corpus.load_corpus([str(corpus_file)], 0.2)
+    parts = example.texts.load_corpus([str(corpus_file)], READING, 0.2)
     assert len(prepared.train) > 3
     assert prepared.tokenizer.to_str() == example.corpus.train_tokenizer(parts[0], 256).to_str()
     for documents, stores in zip(parts, (prepared.train, prepared.held_out), strict=True):
@@ -156,7 +163,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole_text(prepared: SimpleNamespace, corpus_file: Path) -> object:
-    documents, _ = example.corpus.load_corpus([str(corpus_file)], 0.2)
+    documents, _ = example.texts.load_corpus([str(corpus_file)], READING, 0.2)
     store = example.store.tokenize(documents, prepared.tokenizer, 6)
     return example.data.PretrainingExamples([store], 32, 256, seed=3)
 
@@ -251,6 +258,39 @@ def test_stretches_of_any_size_give_the_same_documents(
     assert len(whole) == 30
     for size in (1, 2, 7, 50, 333, 1000):
         assert read(size) == whole, size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.txt", "[Illustration]\n", "text"),
+        ("a.txt", "[[A link]] and more.", "text"),
+        ("a", "{curly} words", "text"),
+        ("a", "<3 is a heart", "text"),
+        ("a", '\n{"title": "A", "body": "B."}\n', "jsonl"),
+        ("a", '\ufeff{"title": "A", "body": "B."}\n', "jsonl"),
+        ("a.csv", "id,text\n1,A.\n", None),
+        ("a.tsv", "id\ttext\n1\tA.\n", None),
+        ("a.txt", '\n<?xml version="1.0"?>\n<doc id="1">', None),
+        ("a", "\ufeff<!DOCTYPE html>\n", None),
+        ("a", "<mediawiki>\n", None),
+        ("a.json", '{\n  "text": "A."\n}\n', None),
+        ("a.json", '[{"text": "A."},\n', None),
+        ("a.json", "[\n", None),
+    ],
+)
+def test_only_text_passes_for_text(
+    name: str, content: str, kind: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    if kind:
+        assert example.sources.format_of(path, READING) == kind
+        return
+    with pytest.raises(example.errors.UserError, match=r"--corpus: .* looks like .* --format"):
+        example.sources.format_of(path, READING)
+    as_text = example.sources.Reading("text", "text", "error")
+    assert example.sources.format_of(path, as_text) == "text"
 
 
 def test_parquet_row_groups(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import UserError
-from files import read_utf8
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 Document = list[str]
@@ -145,53 +144,6 @@ def corpus_files(patterns: Sequence[str]) -> list[Path]:
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
-
-
-def file_documents(patterns: Sequence[str]) -> list[Document]:
-    """Reads UTF-8 text files in which blank lines separate documents."""
-    documents = []
-    for path in corpus_files(patterns):
-        text = read_utf8(path, "--corpus")
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        documents += [split_sentences(block) for block in BLANK_LINES.split(text)]
-    return documents
-
-
-def load_corpus(
-    patterns: Sequence[str], held_out_share: float, docstrings: bool = False
-) -> tuple[list[Document], list[Document]]:
-    """Reads the corpus and splits it.
-
-    Args:
-        patterns: Files, folders or globs; empty for the Python documentation.
-        held_out_share: Expected share of documents to hold out, in (0, 1).
-        docstrings: Add those of the standard library.
-
-    Returns:
-        Training documents and held-out documents, none of them empty.
-    """
-    documents = file_documents(patterns) if patterns else python_documents()
-    if docstrings:
-        documents += docstring_documents()
-    documents = [document for document in documents if document]
-    if not documents:
-        raise UserError("--corpus: the corpus has no text in it.")
-    train: list[Document] = []
-    held_out: list[Document] = []
-    for document in documents:
-        (held_out if is_held_out(document, held_out_share) else train).append(document)
-    for name, part, advice in (
-        ("training", train, "lower"),
-        ("held-out", held_out, "raise"),
-    ):
-        # The other document is needed for the negatives of next-sentence prediction.
-        if len(part) < 2:
-            raise UserError(
-                f"--corpus: of {len(documents)} documents (blank lines separate them) only "
-                f"{len(part)} went to the {name} part, which needs at least 2; give more "
-                f"documents or {advice} --held-out-share."
-            )
-    return train, held_out
 
 
 def is_held_out(document: Document, share: float) -> bool:

@@ -47,35 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--corpus",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="files, folders or globs; without it, the documentation that Python carries",
-    )
-    parser.add_argument(
-        "--docstrings", action="store_true", help="add the docstrings of the standard library"
-    )
+    sources.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the shards that are in --out"
-    )
-    parser.add_argument(
-        "--format",
-        choices=sources.FORMATS,
-        default="auto",
-        help="text: blank lines between documents; wiki: <doc ...> ... </doc>; jsonl and parquet: "
-        "a document per row; auto: by the file's name, else its first line",
-    )
-    parser.add_argument(
-        "--text-field", default="text", help="field or column of the text, in jsonl and parquet"
-    )
-    parser.add_argument(
-        "--undecodable",
-        choices=("error", "replace"),
-        default="error",
-        help="bytes that are no UTF-8: refuse the file, or put U+FFFD in their place",
     )
     parser.add_argument(
         "--sequence-lengths",
@@ -156,7 +131,7 @@ class Plan:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Looks at the files and divides them among shards."""
     reading = Reading(options.format, options.text_field, options.undecodable)
-    paths = corpus_files(options.corpus) if options.corpus else []
+    paths = corpus_files(options.corpus)
     about = [(path, path.stat()) for path in paths]
     total = sum(stat.st_size for _, stat in about)
     target = (
@@ -164,10 +139,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         if options.shard_text
         else max(_SMALLEST_SHARD, -(-total // _MOST_SHARDS))
     )
-    parts = [part for path in paths for part in sources.stretches(path, reading, max(1, target))]
-    named = [] if options.corpus else [sources.PYTHON]
-    named += [sources.DOCSTRINGS] if options.docstrings else []
-    parts += [Stretch(name, "text", 0, 0, 0) for name in named]
+    parts = sources.all_stretches(paths, options.docstrings, reading, max(1, target))
     if not parts:
         raise UserError("--corpus: all files are empty.")
     units = sources.grouped(parts, target)
@@ -181,7 +153,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         vocabulary = ["new", options.vocab_size, options.vocab_text]
     # The documentation and docstrings are those of a Python version.
     described = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in about]
-    described += [[name, sys.version, 0] for name in named]
+    named = (sources.PYTHON, sources.DOCSTRINGS)
+    described += [[part.path, sys.version, 0] for part in parts if part.path in named]
     return Plan(
         reading,
         sorted(set(options.sequence_lengths)),

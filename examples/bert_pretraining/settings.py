@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import devices
+import sources
 from errors import UserError
 from model import SHAPES
 from optimizers import OPTIMIZERS
@@ -166,19 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     per_phase: dict[str, Any] = {"nargs": "+", "metavar": "N"}
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--corpus",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="text files, folders or globs, blank lines between documents; without it, the "
-        "documentation that Python carries",
-    )
-    group.add_argument(
-        "--docstrings",
-        action="store_true",
-        help="add the docstrings of Python's standard library, a module a document",
-    )
+    sources.add_options(group)
     group.add_argument(
         "--shards", metavar="FOLDER", help="what prepare.py made, instead of --corpus"
     )

@@ -6,6 +6,8 @@ the range: the separator line before it, for all but the first document of a fil
 
 from __future__ import annotations
 
+import argparse
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,41 @@ FORMATS = ("auto", "text", "wiki", "jsonl", "parquet")
 PYTHON, DOCSTRINGS = "python documentation", "docstrings"
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _DOC_TAG = re.compile(rb"</?doc\b[^>]*>\s*$")
+_TABLES = {".csv", ".tsv"}
+# How XML, HTML, and JSON that is not a document a line begin.
+_MARKUP = re.compile(rb"""<[?!A-Za-z] | \{\s*("|$) | \[\s*([{"]|$)""", re.VERBOSE)
+
+
+def add_options(parser: argparse._ActionsContainer) -> None:
+    """Adds the options that say what text is read, and how."""
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders or globs; without it, the documentation that Python carries",
+    )
+    parser.add_argument(
+        "--docstrings",
+        action="store_true",
+        help="add the docstrings of Python's standard library, a module a document",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="text: blank lines between documents; wiki: <doc ...> ... </doc>; jsonl and parquet: "
+        "a document per row; auto: by the file's name, else its first line",
+    )
+    parser.add_argument(
+        "--text-field", default="text", help="field or column of the text, in jsonl and parquet"
+    )
+    parser.add_argument(
+        "--undecodable",
+        choices=("error", "replace"),
+        default="error",
+        help="bytes that are no UTF-8: refuse the file, or put U+FFFD in their place",
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +103,11 @@ class Stretch:
 
 
 def format_of(path: Path, reading: Reading) -> str:
-    """The format of a file, by its name, else by its first line."""
+    """The format of a file, by its name, else by its first line.
+
+    Raises:
+        UserError: By these it is neither plain text nor anything else that is read.
+    """
     if reading.format != "auto":
         return reading.format
     if path.suffix in _SUFFIXES:
@@ -75,13 +116,23 @@ def format_of(path: Path, reading: Reading) -> str:
         line = next((line for line in file if line.strip()), b"")
     if line.startswith(b"<doc "):
         return "wiki"
-    if line.startswith(b"{"):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            return "text"
-        return "jsonl" if reading.text_field in found else "text"
+    line = line.removeprefix(codecs.BOM_UTF8).strip()
+    if line.startswith(b"{") and _is_json(line):
+        return "jsonl"
+    if path.suffix in _TABLES or _MARKUP.match(line):
+        raise UserError(
+            f"--corpus: {path} looks like a table, XML, HTML or JSON that is not a document a "
+            "line; convert it, leave it out, or give --format to say what it is."
+        )
     return "text"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def stretches(path: Path, reading: Reading, size: int) -> list[Stretch]:
@@ -95,6 +146,23 @@ def stretches(path: Path, reading: Reading, size: int) -> list[Stretch]:
     count = -(-total // size)
     bounds = [total * i // count for i in range(count + 1)] if count else [0]
     return [Stretch(str(path), kind, begin, end, end - begin) for begin, end in pairwise(bounds)]
+
+
+def all_stretches(
+    paths: Sequence[Path], docstrings: bool, reading: Reading, size: int
+) -> list[Stretch]:
+    """The stretches of a corpus.
+
+    Args:
+        paths: Its files; without any it is the documentation that Python carries.
+        docstrings: Whether those of the standard library are part of it.
+        reading: How files are read.
+        size: Most bytes of a stretch, about.
+    """
+    found = [part for path in paths for part in stretches(path, reading, size)]
+    named = [] if paths else [PYTHON]
+    named += [DOCSTRINGS] if docstrings else []
+    return found + [Stretch(name, "text", 0, 0, 0) for name in named]
 
 
 def grouped(parts: Sequence[Stretch], size: int) -> list[list[Stretch]]:
