@@ -110,6 +110,18 @@ def test_shards_hold_what_reading_the_text_gives(
         assert sum(chunks) == len(example.store.cut_chunks(whole, 32))
 
 
+def test_a_given_vocabulary_makes_the_same_shards(
+    prepared: SimpleNamespace, corpus_file: Path, tmp_path: Path
+) -> None:
+    at = SMALL.index("--vocab-size")
+    options = [*SMALL[:at], *SMALL[at + 2 :], "--tokenizer", str(prepared.out / "tokenizer.json")]
+    argv = ["--corpus", str(corpus_file), "--out", str(tmp_path / "shards"), *options]
+    assert example.prepare.main(argv) == 0
+    found, expected = contents(tmp_path / "shards"), contents(prepared.out)
+    assert found.pop("plan.json") != expected.pop("plan.json")
+    assert found == expected
+
+
 def test_both_parts_of_a_shard_are_one_open_file(prepared: SimpleNamespace) -> None:
     def mapping(array: np.ndarray) -> object:
         while isinstance(array, np.ndarray):
@@ -212,6 +224,9 @@ def test_run_on_shards_resumes_bit_exactly_from_another_place(
     moved.symlink_to(prepared.out)
     # The options of the run may be said again.
     resume = [*options, "--resume", "--shards", str(moved)]
+    assert example.pretrain.main([*resume, "--held-out-share", "0.1"]) == 2
+    out = ["--out", str(tmp_path / "shards")]
+    assert example.pretrain.main([*out, "--resume", "--held-out-share", "0.1"]) == 2
     assert example.pretrain.main(resume) == 0
     assert_same_training(expected, newest_state(tmp_path / "shards"))
 
@@ -447,8 +462,8 @@ def test_two_at_a_time_are_refused(
         ("a.txt", b"A. B.", ("--vocab-size", "7"), "--vocab-size: 7 is too small"),
         ("a.jsonl", b'{"text": "A."}\n{"text": ', (), "no JSON, at byte 15"),
         ("a.jsonl", b'{"body": "A."}\n', (), "no text in field 'text', there are: body"),
-        ("a.txt", b"A.", ("--tokenizer", "a.txt"), "no tokenizer.json"),
-        ("a.txt", b"A.", ("--tokenizer", "none"), "--tokenizer: cannot read none"),
+        ("a", b'{"body": "A."}\n', (), "no text in field 'text', there are: body"),
+        ("a.txt", b"A.", ("--tokenizer", "a.txt"), "leave out --vocab-size"),
     ],
 )
 def test_bad_input(
@@ -468,6 +483,23 @@ def test_bad_input(
     assert message.startswith("error: --")
     assert re.search(expected, message), message
     assert not list(tmp_path.glob("out/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.txt", "a.txt is no tokenizer.json"), ("none", "--tokenizer: cannot read none")],
+)
+def test_bad_tokenizer(
+    name: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("A.")
+    assert example.prepare.main(["--corpus", "a.txt", "--out", "out", "--tokenizer", name]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_other_options_or_changed_files_are_refused(
@@ -527,7 +559,16 @@ def test_training_refuses_what_does_not_fit_the_shards(
 
     assert "--vocab-size: 100 is less than" in refused(prepared.out, "--vocab-size", "100")
     assert "were cut for 16, 32, not 64" in refused(prepared.out, "--sequence-length", "64")
-    assert "leave out --corpus" in refused(prepared.out, "--corpus", str(corpus_file))
+    # Shards have their text and held-out part, whatever is asked for, the default included.
+    for idle in (
+        ["--corpus", str(corpus_file)],
+        ["--docstrings"],
+        ["--format", "auto"],
+        ["--text-field", "text"],
+        ["--undecodable", "replace"],
+        ["--held-out-share", "0.1"],
+    ):
+        assert f"leave out {idle[0]}, or give it to prepare.py" in refused(prepared.out, *idle)
     assert "no finished shards" in refused(tmp_path / "nowhere")
     other = tmp_path / "shards"
     other.mkdir()

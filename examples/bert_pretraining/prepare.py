@@ -39,6 +39,7 @@ _MEBI = 1 << 20
 # Mapped files count against the open files of a process.
 _MOST_SHARDS = 256
 _SMALLEST_SHARD = 64 * _MEBI
+_VOCAB_SIZE, _VOCAB_TEXT = 30522, 100
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="share of documents to hold out",
     )
     parser.add_argument(
-        "--vocab-size", type=number(int, 1), default=30522, help="WordPiece vocabulary"
+        "--vocab-size", type=number(int, 1), help=f"WordPiece vocabulary; None: {_VOCAB_SIZE}"
     )
     parser.add_argument(
         "--tokenizer",
@@ -78,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vocab-text",
         type=number(int, 1),
-        default=100,
         metavar="MB",
-        help="how much of the text, from all over, the vocabulary is made from",
+        help="how much of the text, from all over, the vocabulary is made from; None: "
+        f"{_VOCAB_TEXT}",
     )
     parser.add_argument(
         "--shard-text",
@@ -148,9 +149,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         target += -(-target // 4)
         units = sources.grouped(parts, target)
     if options.tokenizer:
+        if options.vocab_size or options.vocab_text:
+            raise UserError(
+                "--tokenizer: it has its vocabulary; leave out --vocab-size and --vocab-text."
+            )
         vocabulary = ["given", hashlib.sha256(_given_tokenizer(options.tokenizer)).hexdigest()]
     else:
-        vocabulary = ["new", options.vocab_size, options.vocab_text]
+        size, text = options.vocab_size or _VOCAB_SIZE, options.vocab_text or _VOCAB_TEXT
+        vocabulary = ["new", size, text]
     # The documentation and docstrings are those of a Python version.
     described = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in about]
     named = (sources.PYTHON, sources.DOCSTRINGS)
@@ -233,10 +239,11 @@ def make_tokenizer(plan: Plan, options: argparse.Namespace) -> None:
     if options.tokenizer:
         text = _given_tokenizer(options.tokenizer)
     else:
-        sample = list(_sample(plan, options.vocab_text * _MEBI))
+        _, vocab_size, vocab_text = plan.vocabulary
+        sample = list(_sample(plan, vocab_text * _MEBI))
         if not sample:
             raise UserError("--corpus: the corpus has no text in it.")
-        text = train_tokenizer(sample, options.vocab_size).to_str().encode()
+        text = train_tokenizer(sample, vocab_size).to_str().encode()
     files.write_atomically(path, text)
 
 

@@ -22,6 +22,8 @@ _FREE = {"out", "resume", "overwrite", "checkpoint_every", "eval_every", "device
 _FREE |= {"data_workers"}
 # Where the text lies may change; the fingerprint of its tokens tells whether it did.
 _PLACES = {"corpus", "shards"}
+# What prepare.py was told already.
+_OF_SHARDS = ("corpus", "docstrings", "format", "text_field", "undecodable", "held_out_share")
 # Belong to one call, not to the run.
 _NOT_SAVED = {"out", "resume", "overwrite", "device", "parallel"}
 
@@ -31,6 +33,9 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str
 
     Returns:
         All settings with defaults filled in, and those that were given explicitly.
+
+    Raises:
+        UserError: An option was given that `--shards` leaves nothing to do for.
     """
     settings = vars(_parser().parse_args(argv))
     # argparse leaves alone what a namespace has already, unless the option is given.
@@ -49,7 +54,15 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str
         explicit["lr"] = settings["lr"]
     if settings["out"] is None:
         settings["out"] = _default_out(again=settings["resume"] or settings["overwrite"])
-    if settings["vocab_size"] is None and not settings["shards"]:
+    if settings["shards"]:
+        idle = [flag(name) for name in _OF_SHARDS if name in explicit]
+        if idle:
+            raise UserError(
+                "--shards: prepare.py made them with its own choice of text and held-out part; "
+                f"leave out {', '.join(idle)}, or give it to prepare.py."
+            )
+        settings.update(dict.fromkeys(_OF_SHARDS))
+    elif settings["vocab_size"] is None:
         settings["vocab_size"] = SHAPES[settings["config"]].vocab_size
     return settings, explicit
 
@@ -76,15 +89,11 @@ def validate(settings: dict[str, Any], processes: int, launched: bool) -> None:
         raise UserError(
             f"--parallel: {mode} needs the processes of torchrun --nproc-per-node N pretrain.py ..."
         )
-    if settings["shards"] and settings["corpus"]:
-        raise UserError("--shards: shards hold their text already; leave out --corpus.")
     if settings["optimizer"] == "adamw" and settings["state_dtype"] != "float32":
         raise UserError(
             f"--state-dtype: adamw keeps float32 states, not {settings['state_dtype']}; choose "
             f"madam, lamadam or lamb."
         )
-    if settings["shards"] and settings["docstrings"]:
-        raise UserError("--shards: give --docstrings to prepare.py instead.")
     counts = {name: len(settings[name]) for name in PER_PHASE if len(settings[name]) > 1}
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{flag(name)} {count}" for name, count in counts.items())
@@ -180,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out-share", type=share, default=0.1, help="share of documents to hold out"
     )
     group.add_argument(
-        "--vocab-size", type=count, help="WordPiece vocabulary; None: the config's own"
+        "--vocab-size",
+        type=count,
+        help="WordPiece vocabulary; None: the config's own, with --shards theirs",
     )
     group.add_argument(
         "--sequence-length", **per_phase, type=count, default=[64], help="tokens per example"
