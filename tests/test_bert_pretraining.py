@@ -253,6 +253,16 @@ def test_interrupted_save_leaves_the_previous_one(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_another_versions_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(example.checkpoint, "FORMAT", 3)
+        path = example.checkpoint.save(tmp_path, 1, {"step": 1})
+    message = error_of(capsys, ["--out", str(tmp_path), "--resume"])
+    assert message == f"error: --resume: {path} was written by another version of this example."
+
+
 def test_flipped_bit_is_recognised(tmp_path: Path) -> None:
     example.checkpoint.save(tmp_path, 1, {"value": 1})
     path = example.checkpoint.save(tmp_path, 2, {"weights": torch.zeros(1000)})

@@ -180,6 +180,12 @@ def test_refuses_unknown_labels_results_and_folders(
     assert "training rows have not: maybe" in error("--task-dev", str(dev))
     assert "--checkpoint" in error("--checkpoint", str(tmp_path / "none"))
     assert "no sound checkpoint" in error("--checkpoint", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example.checkpoint, "FORMAT", 3)
+        example.checkpoint.save(tmp_path, 1, {"step": 1})
+    message = error("--checkpoint", str(tmp_path))
+    assert "error: --checkpoint: " in message
+    assert "was written by another version" in message
     (tmp_path / "metrics.json").write_text("mine")
     assert "give --overwrite" in error("--out", str(tmp_path))
     assert (tmp_path / "metrics.json").read_text() == "mine"

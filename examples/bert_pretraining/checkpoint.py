@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic, self-verifying, the last few kept; knows nothing of their content.
+"""Checkpoint files: atomic, self-verifying, the last few kept; what is in them it only numbers.
 
 The name of a file carries 64 bits of the SHA-256 of its bytes, so that one rename publishes both.
 """
@@ -15,6 +15,8 @@ import files
 import torch
 from errors import UserError
 
+# Of what pretrain.py saves; another one is refused.
+FORMAT = 4
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{16})\.pt")
 TEMPORARY = "checkpoint.tmp"
 
@@ -26,7 +28,7 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int = 2) -> Pa
     stops, the checkpoints before this one are intact.
     """
     temporary = directory / TEMPORARY
-    files.write_synced(temporary, lambda file: torch.save(state, file))
+    files.write_synced(temporary, lambda file: torch.save({"format": FORMAT, **state}, file))
     path = directory / f"checkpoint-{step:08d}-{_digest(temporary)}.pt"
     files.publish(temporary, path)
     others = [other for other in checkpoints(directory) if other != path]
@@ -53,8 +55,8 @@ def load_latest(directory: Path) -> tuple[dict[str, Any], Path, list[Path]]:
     """
     damaged = []
     for path in checkpoints(directory):
-        if _digest(path) == _NAME.fullmatch(path.name).group(2):
-            return torch.load(path, map_location="cpu", weights_only=True), path, damaged
+        if _is_sound(path):
+            return _load(path, "--resume"), path, damaged
         aside = path.with_suffix(".pt.damaged")
         os.replace(path, aside)
         damaged.append(aside)
@@ -65,9 +67,20 @@ def load_latest(directory: Path) -> tuple[dict[str, Any], Path, list[Path]]:
 def newest_sound(directory: Path, option: str) -> tuple[dict[str, Any], Path]:
     """The newest sound checkpoint of a run that is only read: nothing is renamed."""
     for path in checkpoints(directory):
-        if _digest(path) == _NAME.fullmatch(path.name).group(2):
-            return torch.load(path, map_location="cpu", weights_only=True), path
+        if _is_sound(path):
+            return _load(path, option), path
     raise UserError(f"{option}: no sound checkpoint in {directory}.")
+
+
+def _is_sound(path: Path) -> bool:
+    return _digest(path) == _NAME.fullmatch(path.name).group(2)
+
+
+def _load(path: Path, option: str) -> dict[str, Any]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.pop("format", None) != FORMAT:
+        raise UserError(f"{option}: {path} was written by another version of this example.")
+    return state
 
 
 def _step(path: Path) -> int:

@@ -38,7 +38,6 @@ from transformers import BertForPreTraining
 EVAL_SEED = 0
 PLOT, METRICS, TOKENIZER, TENSORBOARD = "loss.png", "metrics.json", "tokenizer.json", "tensorboard"
 TELEMETRY_PLOT = "telemetry.png"
-STATE_FORMAT = 4
 DIVERGED = 3  # exit status
 _GPU_DATA_WORKERS = 4
 # The parts of a checkpoint that process 0 alone holds whole.
@@ -184,7 +183,6 @@ class Run:
         """
         model, optimizer = full_state(self.model, self.optimizer)
         return {
-            "format": STATE_FORMAT,
             "settings": saved_settings(self.settings),
             "made_with": self.made_with,
             "step": self.step,
@@ -447,8 +445,6 @@ def _settings_and_state(
         state, path, damaged = checkpoint.load_latest(out)
         for aside in damaged:
             print(f"passed over a damaged checkpoint, now {aside}", file=sys.stderr)
-        if state.get("format") != STATE_FORMAT:
-            raise UserError(f"--resume: {path} was written by another version of this example.")
         settings = resumed_settings(settings, explicit, state["settings"])
         print(f"resuming from {path} at step {state['step']}")
     elif not settings["overwrite"] and out.is_dir() and any(out.iterdir()):
