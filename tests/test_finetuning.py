@@ -118,7 +118,7 @@ def test_column_forms(header: str, row: str, where: tuple[str, ...], tmp_path: P
     path = tmp_path / "a.tsv"
     path.write_text(f"{header}\n{row}\n")
     text, label = (where[1:2], where[3]) if where else ((), None)
-    rows = example.task.read_rows(path, "--task-file", text, label)
+    rows, _ = example.task.read_rows(path, "--task-file", text, label)
     assert rows[-1].texts[0] == "A b."
     assert rows[-1].label == "1"
     assert len(rows) == (2 if header == row else 1)
@@ -127,11 +127,30 @@ def test_column_forms(header: str, row: str, where: tuple[str, ...], tmp_path: P
 def test_only_line_ends_end_a_row(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_bytes('sentence\tlabel\r\nA\u2028b\x85c "d.\t1\r\nE\x0b.\t0'.encode())
-    rows = example.task.read_rows(path, "--task-file", (), None)
+    rows, _ = example.task.read_rows(path, "--task-file", (), None)
     assert [(row.texts[0], row.label) for row in rows] == [
         ('A\u2028b\x85c "d.', "1"),
         ("E\x0b.", "0"),
     ]
+
+
+def test_damaged_rows_are_left_out_when_that_is_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole, damaged = write_task(tmp_path / "whole.tsv", 20, 0), tmp_path / "damaged.tsv"
+    lines = whole.read_text().splitlines()
+    # A line end in a text, and a column too many.
+    lines[3:3] = ["7\tA text that", "goes on.\tB.\tno", "8\tA.\tB.\tC.\tno"]
+    damaged.write_text("\n".join(lines) + "\n")
+    losses = []
+    for path, more in ((whole, ()), (damaged, ("--damaged-rows", "skip"))):
+        out = tmp_path / path.stem
+        argv = ["--task-file", str(path), "--task-dev", str(whole), "--out", str(out), *more]
+        assert finetune(run, *argv, "--epochs", "1") == 0
+        printed = capsys.readouterr().err
+        assert (f"left out 3 of 23 rows of {damaged}" in printed) == bool(more)
+        losses.append(json.loads((out / "metrics.json").read_text())["runs"][0]["losses"])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +159,8 @@ def test_only_line_ends_end_a_row(tmp_path: Path) -> None:
         (None, (), "--task-file: cannot read"),
         (b"", (), "is empty"),
         (b"sentence\tlabel\n", (), "a header and no rows"),
-        (b"sentence\tlabel\nA.\t1\nB.\n", (), "line 3 of .* has 1 columns"),
+        (b"sentence\tlabel\nA.\t1\nB.\n", (), "line 3 of .* has 1 columns.* --damaged-rows skip"),
+        (b"sentence\tlabel\nB.\n", ("--damaged-rows", "skip"), "no undamaged rows"),
         (b"a\tb\nA.\t1\n", (), "name the text columns of .*: a, b"),
         (b"sentence\tb\nA.\t1\n", (), "name the label column"),
         (b"sentence\tlabel\nA.\t1\n", ("--text-columns", "body"), "no column 'body'"),

@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         "names that GLUE uses",
     )
     parser.add_argument("--label-column", metavar="NAME", help="the same for the label")
+    parser.add_argument(
+        "--damaged-rows",
+        choices=("error", "skip"),
+        default="error",
+        help="rows with more or fewer columns than the first line: refuse the file, or leave them "
+        "out",
+    )
     parser.add_argument("--out", type=Path, help="write metrics.json into this folder")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the metrics.json in --out"
@@ -94,14 +101,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read(path: Path, option: str, options: argparse.Namespace) -> list[Row]:
+    rows, left_out = task.read_rows(
+        path, option, options.text_columns, options.label_column, options.damaged_rows
+    )
+    if left_out:
+        print(
+            f"left out {left_out} of {left_out + len(rows)} rows of {path}: damaged",
+            file=sys.stderr,
+        )
+    return rows
+
+
 def _rows(options: argparse.Namespace) -> tuple[list[Row], list[Row], list[str]]:
     """Training rows, rows to test on, labels."""
     if len(options.text_columns) > 2:
         raise UserError("--text-columns: a row has one text or two.")
-    where = (options.text_columns, options.label_column)
-    rows = task.read_rows(options.task_file, "--task-file", *where)
+    rows = _read(options.task_file, "--task-file", options)
     if options.task_dev:
-        train, dev = rows, task.read_rows(options.task_dev, "--task-dev", *where)
+        train, dev = rows, _read(options.task_dev, "--task-dev", options)
     else:
         train, dev = task.split(rows, options.dev_share)
     labels = sorted({row.label for row in train})

@@ -44,8 +44,12 @@ class Row:
 
 
 def read_rows(
-    path: Path, option: str, text_columns: Sequence[str], label_column: str | None
-) -> list[Row]:
+    path: Path,
+    option: str,
+    text_columns: Sequence[str],
+    label_column: str | None,
+    damaged: str = "error",
+) -> tuple[list[Row], int]:
     """Reads a TSV file.
 
     Args:
@@ -54,6 +58,10 @@ def read_rows(
         text_columns: Names of one or two columns, or their numbers from 1 on, which say that there
             is no header; empty for the names that GLUE uses.
         label_column: The same for the label.
+        damaged: "error" or "skip", for rows with more or fewer columns than the first line.
+
+    Returns:
+        The rows, and how many were left out.
     """
     text = read_utf8(path, option)
     # Quotes are characters like others, a text may hold one alone, and so are the line separators
@@ -68,17 +76,21 @@ def read_rows(
     else:
         first_row, names = 1, [name.strip().lower() for name in table[0]]
     columns = _columns(path, option, names, [n.lower() for n in text_columns], label_column)
-    rows = []
+    rows, left_out = [], 0
     for number, cells in enumerate(table[first_row:], first_row + 1):
-        if len(cells) != len(names):
+        if len(cells) == len(names):
+            rows.append(Row(tuple(cells[i] for i in columns.texts), cells[columns.label].strip()))
+        elif damaged == "skip":
+            left_out += 1
+        else:
             raise UserError(
                 f"{option}: line {number} of {path} has {len(cells)} columns, the first line has "
-                f"{len(names)}."
+                f"{len(names)}; mend it, or give --damaged-rows skip."
             )
-        rows.append(Row(tuple(cells[i] for i in columns.texts), cells[columns.label].strip()))
     if not rows:
-        raise UserError(f"{option}: {path} has a header and no rows.")
-    return rows
+        kind = "undamaged rows" if left_out else "rows"
+        raise UserError(f"{option}: {path} has a header and no {kind}.")
+    return rows, left_out
 
 
 def _columns(
