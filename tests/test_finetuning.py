@@ -66,6 +66,44 @@ def test_learns_what_the_text_tells(
     assert json.loads((again / "metrics.json").read_text())["runs"] == [first]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "more", "lr", "eps"),
+    [
+        ("madam", (), 4e-5, 1e-6),
+        ("lamadam", (), 4e-5, 1e-15),
+        ("adamw", (), 1e-5, 1e-6),
+        ("lamb", ("--lr", "1e-3"), 1e-3, 1e-6),
+        ("lamadam", ("--lr", "2e-5", "--eps", "1e-4"), 2e-5, 1e-4),
+        ("adamw", ("--eps", "0"), 1e-5, 0.0),
+    ],
+)
+def test_lr_and_eps_are_the_papers_unless_given(
+    optimizer: str, more: tuple[str, ...], lr: float, eps: float, run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Fig. 4 and App. I of the paper."""
+    built = []
+    build = example.finetune.build_optimizer
+
+    def build_and_keep(*arguments: object) -> tuple:
+        made = build(*arguments)
+        built.append(made[0])
+        return made
+
+    monkeypatch.setattr(example.finetune, "build_optimizer", build_and_keep)
+    train = write_task(tmp_path / "train.tsv", 20, 0)
+    argv = f"--checkpoint {run} --task-file {train} --optimizer {optimizer} --epochs 1 --device cpu"
+    argv += f" --threads 1 --sequence-length 24 --out {tmp_path / 'out'}"
+    assert example.finetune.main([*argv.split(), *more]) == 0
+    (made,) = built
+    for group in made.param_groups:
+        assert group["initial_lr"] == lr
+        assert group["eps"] == eps
+        assert group["betas"] == (0.9, 0.98)
+    options = json.loads((tmp_path / "out" / "metrics.json").read_text())["options"]
+    assert float(options["lr"]) == lr
+
+
 def test_starts_from_the_pretrained_weights(run: Path) -> None:
     state, _ = example.checkpoint.newest_sound(run, "--checkpoint")
     model = example.finetune._model(state, labels=3, sequence_length=24, seed=0)
@@ -199,6 +237,9 @@ def test_refuses_unknown_labels_results_and_folders(
 
     assert "training rows have not: maybe" in error("--task-dev", str(dev))
     assert "--checkpoint" in error("--checkpoint", str(tmp_path / "none"))
+    lamb = ["--checkpoint", str(run), "--task-file", str(train), "--optimizer", "lamb"]
+    assert example.finetune.main(lamb) == 2
+    assert "error: --lr: the paper fine-tunes nothing with lamb" in capsys.readouterr().err
     assert "no sound checkpoint" in error("--checkpoint", str(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example.checkpoint, "FORMAT", 3)

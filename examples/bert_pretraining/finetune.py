@@ -32,6 +32,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import BertForSequenceClassification
 
+# Peak lr and eps of the paper on GLUE (Fig. 4, App. I): MAdam's lr is Fig. 4's, four times Adam's,
+# as Sec. 5.3 says. The paper fine-tunes nothing with LAMB.
+_PAPER = {
+    "madam": (4e-5, 1e-6),
+    "lamadam": (4e-5, 1e-15),
+    "adamw": (1e-5, 1e-6),
+    "lamb": (None, None),
+}
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -47,10 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task-file", type=Path, required=True, metavar="TSV", help="training rows"
     )
-    parser.add_argument(
+    exclusive = parser.add_mutually_exclusive_group()
+    exclusive.add_argument(
         "--task-dev", type=Path, metavar="TSV", help="rows to test on; None: a share of the others"
     )
-    parser.add_argument(
+    exclusive.add_argument(
         "--dev-share", type=number(float, 0.0, 0.9), default=0.1, help="without --task-dev"
     )
     parser.add_argument(
@@ -74,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace the metrics.json in --out"
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="madam", help="optimizer")
-    parser.add_argument("--lr", type=positive, default=4e-5, help="peak lr")
+    parser.add_argument(
+        "--lr", type=positive, help="peak lr; None: the paper's, which has none for lamb"
+    )
+    parser.add_argument(
+        "--eps", type=number(float, 0.0), help="added to the root of the second moment; the same"
+    )
     parser.add_argument(
         "--betas",
         nargs=2,
@@ -99,6 +114,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     devices.add_options(parser)
     return parser
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """Puts the paper's lr and eps where none were given."""
+    lr, eps = _PAPER[options.optimizer]
+    if options.lr is None:
+        if lr is None:
+            raise UserError(
+                f"--lr: the paper fine-tunes nothing with {options.optimizer}; give an lr."
+            )
+        options.lr = lr
+    if options.eps is None:
+        options.eps = eps
 
 
 def _read(path: Path, option: str, options: argparse.Namespace) -> list[Row]:
@@ -222,6 +250,7 @@ def scores(answers: np.ndarray, truth: np.ndarray, labels: int) -> dict[str, flo
 
 
 def _run(options: argparse.Namespace) -> str:
+    _complete(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = devices.chosen(options.device)

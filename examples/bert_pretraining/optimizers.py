@@ -75,7 +75,8 @@ def build_optimizer(
 
     Args:
         groups: Parameter groups.
-        settings: `optimizer`, `betas`, `beta_min`, `max_grad_norm`, `state_dtype`.
+        settings: `optimizer`, `betas`, `beta_min`, `max_grad_norm`, `state_dtype`; `eps` where it
+            is not to be the optimizer's own.
         lr: Peak lr of the first phase.
 
     Raises:
@@ -83,6 +84,8 @@ def build_optimizer(
     """
     choice = OPTIMIZERS[settings["optimizer"]]
     arguments = {"lr": lr, "betas": tuple(settings["betas"]), **choice.arguments(settings)}
+    if settings.get("eps") is not None:
+        arguments["eps"] = settings["eps"]
     try:
         optimizer = choice.load()(groups, **arguments)
     except ImportError as error:
