@@ -33,6 +33,23 @@ def test_recipe_is_the_papers(recipe: str) -> None:
     assert (settings["beta_min"], settings["betas"][1]) == (0.5, 0.999)
     shape = example.recipes.shape(settings)
     assert shape == example.model.SHAPES[recipe]
+    # The paper names NVIDIA's scripts for the rest: the momentum of their LAMB and their schedule.
+    assert settings["betas"][0] == 0.9
+    assert (first.warmup, second.warmup) == (0.2843, 0.128)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=first.lr)
+    from_start = settings["decay_from"] == "start"
+    schedule = example.optimizers.schedule(
+        optimizer, (first, second), settings["decay_power"], from_start
+    )
+    (lr_at,) = schedule.lr_lambdas
+    for phase in (first, second):
+        rising = round(phase.warmup * phase.steps)
+        assert rising == {7038: 2001, 1563: 200}[phase.steps]
+        for step in range(phase.steps):
+            # Their step counts from 1 while lr rises; the decay has its value after `step` steps.
+            share = (step + 1) / rising if step < rising else (1 - step / phase.steps) ** 0.5
+            found = first.lr * lr_at(phase.first_step + step)
+            assert found == pytest.approx(phase.lr * share, rel=1e-9), step
 
 
 def test_recipe_gives_way_to_the_command_line() -> None:
