@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lr", type=positive, help="peak lr; None: the paper's, which has none for lamb"
     )
     parser.add_argument(
-        "--eps", type=number(float, 0.0), help="added to the root of the second moment; the same"
+        "--eps", type=number(float, 0.0), help="added to the root of v; None: the paper's"
     )
     parser.add_argument(
         "--betas",
