@@ -24,6 +24,12 @@ COMPARISONS: dict[str, tuple[str, str, list[str], int | None]] = {
     "bert-base": ("bert-base", BASELINE, OURS, None),
     "bert-base-1-thread": ("bert-base", BASELINE, OURS, 1),
     "bert-base-clipping": ("bert-base", "AdamW-fused+clip", ["FusedMAdam+clip"], None),
+    "bert-base-compact": (
+        "bert-base",
+        BASELINE,
+        ["FusedMAdam", "FusedMAdam+bfloat16", "FusedMAdam+int8"],
+        None,
+    ),
     "bert-base-statistics": ("bert-base", "FusedMAdam", ["FusedMAdam+stats"], None),
     "bert-base-without-kernel": ("bert-base", "FusedMAdam", ["MAdam-foreach"], None),
     "bert-large-madam": ("bert-large", BASELINE, ["FusedMAdam"], None),

@@ -25,6 +25,7 @@ from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, che
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
 from maxva_kernels.sharding import NormGroup, Sharding
 from maxva_kernels.state import (
+    FP32_STATE_BELOW,
     PACKED,
     PACKED_MAXIMUM,
     SCALE,
@@ -116,7 +117,7 @@ class MaxVA(Optimizer):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         state_dtype: str = "float32",
-        fp32_state_below: int = 4096,
+        fp32_state_below: int = FP32_STATE_BELOW,
         norm_process_group: Any = None,
         backend: str = "auto",
     ) -> None:

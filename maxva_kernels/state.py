@@ -40,6 +40,9 @@ MAXIMUM = "max_exp_avg_sq"
 PACKED, SCALE, PACKED_MAXIMUM = "maxva_packed", "maxva_scale", "maxva_packed_max"
 COMPACT = (PACKED, SCALE, PACKED_MAXIMUM)
 
+#: The default of the group key: parameters of fewer elements keep float32 states.
+FP32_STATE_BELOW = 4096
+
 
 def word_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype | None:
     """Which compact form p's state is to have: a value of WORD_DTYPE; None for float32.

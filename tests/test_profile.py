@@ -24,6 +24,7 @@ from maxva_kernels.profile.contenders import (
     LR,
     OTHERS,
     Contender,
+    Other,
     measured_backends,
     parse,
 )
@@ -41,12 +42,22 @@ from maxva_kernels.profile.measure import (
     spread,
 )
 from maxva_kernels.profile.models import MODELS, Model, find_model, load_shapes, num_parameters
-from maxva_kernels.profile.traffic import DTYPE_MODES, adam_bytes, maxva_bytes
+from maxva_kernels.profile.traffic import (
+    DTYPE_MODES,
+    adam_bytes,
+    compact_word,
+    least_shape,
+    maxva_bytes,
+    maxva_state_bytes,
+)
 from maxva_kernels.profile.verify import WrongResultError, check_step
 
 CPU = torch.device("cpu")
 SHAPES = [((64, 33), True), ((4000,), False), ((), False), ((7, 3, 3), True)]
 TINY = Model("tiny", SHAPES)
+#: Rows of whole blocks, rows with a shorter last one, and float32 states beside them.
+COMPACT_SHAPES = [*SHAPES, ((24, 256), True), ((40, 130), True), ((7, 3, 500), False)]
+COMPACT = Model("compact", COMPACT_SHAPES)
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +211,56 @@ def test_bytes_of_maxva(dtype, extras, expected):
     assert maxva_bytes("madam", DTYPE_MODES[dtype], frozenset(extras)) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "extras", "shape", "states", "moved"),
+    # theta and g 12, then words (and with amsgrad roots) read and written, a block's scales as well
+    [
+        ("bfloat16", set(), (48, 256), 8, 12 + 16),
+        ("int8", set(), (48, 256), 4 + 4 / 128, 12 + 8 + 8 / 128),
+        ("int8", set(), (48, 130), 4 + 8 / 130, 12 + 8 + 16 / 130),
+        ("int8", {"amsgrad"}, (48, 2, 128), 5 + 4 / 128, 12 + 10 + 8 / 128),
+        ("bfloat16", {"amsgrad", "clip"}, (48, 256), 10, 12 + 20 + 4),
+        # the pass for the norms reads theta, gradients and states
+        ("int8", {"trust"}, (48, 256), 4 + 4 / 128, 12 + 8 + 8 + 4 + 12 / 128),
+        # float32 states: too few elements, no rows, short rows
+        ("int8", set(), (31, 128), 16, 44),
+        ("int8", set(), (5000,), 16, 44),
+        ("bfloat16", set(), (500, 64), 16, 44),
+    ],
+)
+def test_bytes_of_compact_states(kind, extras, shape, states, moved):
+    mode, chosen = DTYPE_MODES["float32"], frozenset({kind, *extras})
+    assert maxva_state_bytes(mode, chosen, shape) == pytest.approx(states, rel=1e-12)
+    assert maxva_bytes("madam", mode, chosen, shape) == pytest.approx(moved, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_state_bytes_are_those_of_an_optimizer(kind):
+    (contender,) = parse("FusedMAdam+amsgrad" + f"+{kind}" * (kind != "float32"), ["cpu"])
+    mode = DTYPE_MODES["bf16-master"]
+    optimizer, step = contender.make(
+        make_groups(COMPACT_SHAPES, "cpu", 0, mode.theta, mode.grad), mode
+    )
+    step()
+    found = optimizer.state_memory()
+    told = contender.state_bytes(mode, COMPACT_SHAPES) * COMPACT.numel
+    assert told == pytest.approx(found["total"] - found["other"], rel=1e-12)
+
+
+def test_the_least_shape_has_states_of_the_same_form():
+    mode, extras = DTYPE_MODES["float32"], frozenset({"int8"})
+    for shape in ((24, 256), (5000,), ()):
+        least = least_shape(mode, extras, shape)
+        assert compact_word(mode, extras, least) == compact_word(mode, extras, shape)
+    assert least_shape(mode, frozenset(), (24, 256)) == (1,)
+
+
+def test_bytes_are_the_mean_over_a_models_parameters():
+    (contender,) = parse("FusedMAdam+bfloat16", ["cpu"])
+    shapes = [((64, 128), True)] * 3 + [((4096,), False)] * 2
+    assert contender.bytes_per_parameter(DTYPE_MODES["float32"], shapes) == (3 * 28 + 44) / 4
+
+
 def test_lamadams_second_pass_reads_no_divisor():
     mode = DTYPE_MODES["float32"]
     assert maxva_bytes("lamadam", mode, frozenset({"trust"})) == 44 + 4 + 4
@@ -211,12 +272,18 @@ def test_bytes_of_adam():
     assert adam_bytes(DTYPE_MODES["float32"], frozenset({"amsgrad"})) == 36
     assert adam_bytes(DTYPE_MODES["bfloat16"]) == 14
     assert adam_bytes(DTYPE_MODES["bf16-master"], state=4) == 4 + 2 + 16 + 6
+    for name in ("bnb-AdamW8bit", "torchao-AdamW8bit"):
+        (contender,) = parse(name, [])
+        # two states of a byte, and of a float32 per block of 256
+        states = 2 * (1 + 4 / 256)
+        assert contender.bytes_per_parameter(DTYPE_MODES["float32"], SHAPES) == 12 + 2 * states
+        assert contender.state_bytes(DTYPE_MODES["float32"], SHAPES) == states
 
 
 def test_others_get_float32_parameters_where_they_keep_no_master():
     mode = DTYPE_MODES["bf16-master"]
     assert parse(BASELINE, [])[0].dtypes(mode) == DTYPE_MODES["float32"]
-    assert parse(BASELINE, [])[0].bytes_per_parameter(mode) == 28
+    assert parse(BASELINE, [])[0].bytes_per_parameter(mode, SHAPES) == 28
     assert parse("te-FusedAdam", [])[0].dtypes(mode) == mode
 
 
@@ -251,13 +318,14 @@ def test_names_stand_for_one_contender_per_backend():
 
 def test_extras_are_options_of_the_optimizer():
     groups = make_groups(SHAPES, "cpu", 0, torch.bfloat16, torch.bfloat16)
-    (contender,) = parse("FusedLaMAdam+clip+skip+stats+sr+amsgrad+trust", ["eager"])
+    (contender,) = parse("FusedLaMAdam+clip+skip+stats+sr+amsgrad+trust+int8", ["eager"])
     optimizer, _ = contender.make(groups, DTYPE_MODES["bfloat16"])
     assert type(optimizer) is FusedLaMAdam
     (first, *_) = optimizer.param_groups
     for option in ("skip_nonfinite", "collect_stats", "stochastic_rounding", "amsgrad"):
         assert first[option] is True
     assert first["trust_ratio"] is True
+    assert first["state_dtype"] == "int8"
     assert first["max_grad_norm"] > 0
     assert first["lr"] == LR
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.01, 0.0}
@@ -271,10 +339,22 @@ def test_clipping_in_front_of_another_optimizer_leaves_shared_gradients():
     assert all(map(torch.equal, before, (p.grad for p in parameters(groups))))
 
 
+def test_an_lr_that_is_a_tensor_is_filled(monkeypatch):
+    lr = torch.tensor(0.5)
+    other = Other("torch", lambda groups, mode, extras: torch.optim.AdamW(groups, lr=lr))
+    monkeypatch.setitem(OTHERS, "AdamW-foreach", other)
+    optimizer, _ = parse("AdamW-foreach", [])[0].make(make_groups(SHAPES), DTYPE_MODES["float32"])
+    assert {group["lr"] for group in optimizer.param_groups} == {lr}
+    assert lr == torch.tensor(LR)
+
+
 def test_why_a_contender_is_not_there():
     mode = DTYPE_MODES["float32"]
     assert "bfloat16" in parse("FusedMAdam+sr", ["cpu"])[0].why_not("cpu", mode)
     assert "float32" in parse("MAdam-foreach", [])[0].why_not("cpu", DTYPE_MODES["bfloat16"])
+    (compact,) = parse("FusedMAdam+int8", ["cpu"])
+    assert compact.why_not("cpu", mode) is None
+    assert "float64 states" in compact.why_not("cpu", DTYPE_MODES["float64"])
     assert parse("apex-FusedAdam", [])[0].why_not("cpu", mode) == "it is for cuda"
     assert parse(BASELINE, [])[0].why_not("cpu", mode) is None
 
@@ -498,6 +578,70 @@ def test_one_wrong_element_is_found(key, dtype):
         check_step(contender, optimizer, wrong_step, negate, mode)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("dtype", [name for name in DTYPE_MODES if name != "float64"])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("name", ["FusedMAdam", "FusedLaMAdam+clip+skip+amsgrad+trust+stats"])
+def test_right_compact_states_pass(name, kind, dtype, backend):
+    (contender,) = parse(f"{name}+{kind}", [backend])
+    compared = Comparison(Case(COMPACT, dtype, [contender], contender, CPU))
+    assert compared.problems.wrong == {}
+    assert list(compared.steps) == [contender.label]
+
+
+@pytest.mark.parametrize("name", ["FusedMAdam", "FusedLaMAdam"])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("slot", ["r", "mean", "sd", "w", "root", "the parameter"])
+@pytest.mark.parametrize("shape", [(24, 256), (40, 130), (300, 300)])
+def test_one_wrong_code_is_found(shape, slot, kind, name):
+    """Two codes beside what the kernel has written: at most one is the true value's neighbour."""
+    (contender,) = parse(f"{name}+amsgrad+{kind}", ["cpu"])
+    mode = DTYPE_MODES["float32"]
+    groups = make_groups([(shape, True)])
+    optimizer, right_step = contender.make(groups, mode)
+    (p,) = parameters(groups)
+    state = optimizer.state[p]
+    bits = 8 if kind == "int8" else 16
+
+    def wrong_step() -> None:
+        right_step()
+        if slot == "the parameter":
+            with torch.no_grad():
+                p.view(-1)[-1] += 0.01 * LR
+            return
+        key = "maxva_packed_max" if slot == "root" else "maxva_packed"
+        codes = state[key].view(torch.uint8 if kind == "int8" else torch.int16)
+        place = {"r": 0, "mean": 1, "sd": 2, "w": 3}.get(slot, 0)
+        per_element = 1 if slot == "root" else 4
+        assert state[key].itemsize * 8 == bits * per_element
+        code = codes.view(-1)[-per_element:][place : place + 1]
+        code += 2 if int(code) & 0x7F < 0x7D else -2
+
+    def negate() -> None:
+        p.grad.neg_()
+
+    with pytest.raises(WrongResultError, match=f"computes {slot} of"):
+        check_step(contender, optimizer, wrong_step, negate, mode)
+
+
+@pytest.mark.parametrize("slot", ["r", "mean", "sd", "root"])
+def test_a_wrong_scale_is_found_where_its_codes_are_right(slot):
+    """Every second code of a doubled scale is one of those it had, eight (sixteen) codes below."""
+    (contender,) = parse("FusedMAdam+amsgrad+int8", ["cpu"])
+    mode = DTYPE_MODES["float32"]
+    groups = make_groups([((24, 256), True)])
+    optimizer, right_step = contender.make(groups, mode)
+    (p,) = parameters(groups)
+
+    def wrong_step() -> None:
+        right_step()
+        exponents = optimizer.state[p]["maxva_scale"].view(torch.uint8).view(-1, 4)
+        exponents[-1, ["r", "mean", "sd", "root"].index(slot)] += 1
+
+    with pytest.raises(WrongResultError, match=f"the scale of {slot} of"):
+        check_step(contender, optimizer, wrong_step, lambda: p.grad.neg_(), mode)
+
+
 def test_wrong_results_are_reported_and_not_timed(monkeypatch, capsys, shapes_file):
     right = FusedMAdam._step
 
@@ -672,6 +816,7 @@ BAD = {
     "backend": (["--backends", "cuda"], "backend 'cuda' is not available: "),
     "optimizers": (["--optimizers", "Lion"], "optimizer 'Lion' is not known; there are FusedMAdam"),
     "extra": (["--optimizers", "FusedMAdam+fast"], "'+fast' is not known; there are +clip, "),
+    "two state dtypes": (["--optimizers", "FusedMAdam+int8+bfloat16"], "states have one dtype, "),
     "of others": (["--optimizers", "AdamW-fused+sr"], "there are +clip, +amsgrad"),
     "absent": (["--optimizers", "apex-FusedAdam"], "'apex-FusedAdam' is not available: it is for"),
     "baseline": (["--baseline", "SGD"], "optimizer 'SGD' is not known"),

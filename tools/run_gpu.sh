@@ -5,11 +5,14 @@
 #   PYTHON=python3   an interpreter whose packages are used as they are: a CUDA build of torch,
 #                    setuptools, pytest, ninja, pybind11, numpy
 #   PROFILE="..."    options of maxva-profile instead of those below
-# Results: bench/results/<gpu>-<date>.json, .md, -trace.json and, with matplotlib, plots in a folder
+#   LIMIT=600        seconds for everything: the profiler's last run gets what the others have left
+# Results: bench/results/<gpu>-<date>.json, .md, -trace.json and, with matplotlib, plots in a folder;
+# <gpu>-<date>-compact.* of compact states
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-600}
 failed=0
 stage() {
   echo "== $1"
@@ -43,10 +46,18 @@ else
   echo "== memcheck: compute-sanitizer is not installed"
 fi
 mkdir -p bench/results
+PLOTS=
+"$PYTHON" -c 'import matplotlib' 2>/dev/null && PLOTS=yes
+# profile STEM SECONDS OPTION...: --json is written row by row, so that a run cut off is not lost
+profile() {
+  stage "profile ${1##*/}" timeout "$2" "$PYTHON" -m maxva_kernels.profile --device cuda \
+    --json "$1.json" --markdown "$1.md" ${PLOTS:+--plots "$1"} "${@:3}"
+}
+# before the long one, which may be cut off
+profile "$STEM-compact" 120 --models bert-large,llama-1b --seconds 2 \
+  --optimizers FusedMAdam,FusedMAdam+bfloat16,FusedMAdam+int8,FusedLaMAdam+int8
 PROFILE=${PROFILE:---dtypes float32,bf16-master --clip --seconds 2}
-PLOTS=()
-"$PYTHON" -c 'import matplotlib' 2>/dev/null && PLOTS=(--plots "$STEM")
+LEFT=$((LIMIT - SECONDS - 15))
 # shellcheck disable=SC2086 # several options in one variable
-stage "profile" timeout 400 "$PYTHON" -m maxva_kernels.profile --device cuda $PROFILE \
-  --json "$STEM.json" --markdown "$STEM.md" --trace "$STEM-trace.json" "${PLOTS[@]}"
+profile "$STEM" $((LEFT < 30 ? 30 : LEFT)) $PROFILE --trace "$STEM-trace.json"
 exit $failed

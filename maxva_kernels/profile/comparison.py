@@ -36,14 +36,14 @@ from maxva_kernels.profile.measure import (
     stream,
 )
 from maxva_kernels.profile.models import Model, Shapes
-from maxva_kernels.profile.traffic import DTYPE_MODES, DtypeMode
+from maxva_kernels.profile.traffic import COMPACT, DTYPE_MODES, DtypeMode, least_shape
 from maxva_kernels.profile.verify import WrongResultError, check_step
 
 Row = dict[str, Any]
 #: Steps over one-element tensors whose median is the host's time on a CPU.
 _HOST_STEPS = 9
-#: Copies of one parameter that the eager backend holds at the most.
-_EAGER_TEMPORARIES = 10
+#: Copies of one parameter that the eager backend holds at the most, and with compact states.
+_EAGER_TEMPORARIES, _EAGER_COMPACT_TEMPORARIES = 11, 49
 
 
 @dataclass
@@ -87,12 +87,15 @@ class Case:
         numel = self.model.numel if per is None else per
         kinds = {(d.theta, d.grad) for d in (c.dtypes(self.mode) for c in contenders)}
         shared = sum(theta.itemsize + grad.itemsize for theta, grad in kinds)
-        states = sum(c.state_bytes(self.mode) for c in contenders)
+        states = sum(c.state_bytes(self.mode, self.model.shapes) for c in contenders)
         fixed = 2 * 4 * self.yardstick_numel + FLUSH_BYTES
-        if any(c.backend == "eager" for c in contenders):
+        eager = [c for c in contenders if c.backend == "eager"]
+        if eager:
             largest = max(math.prod(shape) for shape, _ in self.model.shapes)
-            fixed += _EAGER_TEMPORARIES * self.mode.state.itemsize * largest
-        return numel * (shared + states) + fixed
+            compact = any(c.extras & COMPACT for c in eager)
+            copies = _EAGER_COMPACT_TEMPORARIES if compact else _EAGER_TEMPORARIES
+            fixed += copies * self.mode.state.itemsize * largest
+        return math.ceil(numel * (shared + states)) + fixed
 
     def fitting(self, free: int) -> list[list[Contender]]:
         """Parts of the contenders, each with the baseline, that fit in memory one at a time."""
@@ -205,12 +208,15 @@ class Comparison:
         return found if kernel is None else {**found, "kernel": kernel()}
 
     def _host(self, contender: Contender) -> float:
-        """On a CPU: a step's time outside of operators, over as many tensors of one element.
+        """On a CPU: a step's time outside of operators, over as many tensors of few elements.
 
         Beside large tensors the difference of two noisy times would hide it.
         """
-        shapes: Shapes = [((1,), decays) for _, decays in self.case.model.shapes]
         dtypes = contender.dtypes(self.case.mode)
+        shapes: Shapes = [
+            (least_shape(dtypes, contender.extras, shape), decays)
+            for shape, decays in self.case.model.shapes
+        ]
         groups = make_groups(shapes, "cpu", 0, dtypes.theta, dtypes.grad)
         _, step = contender.make(groups, self.case.mode)
         whole, inside = [], []
@@ -244,7 +250,7 @@ class Comparison:
         bandwidth: float,
     ) -> Row:
         case = self.case
-        moved = contender.bytes_per_parameter(case.mode)
+        moved = contender.bytes_per_parameter(case.mode, case.model.shapes)
         kernel = found.get("kernel")
         rate = moved and moved * case.model.numel / (kernel or found["step"]).median
         row: Row = {

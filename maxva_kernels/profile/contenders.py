@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +18,14 @@ from maxva_kernels.optimizers import MaxVA
 from maxva_kernels.profile import InputError, unknown
 from maxva_kernels.profile.foreach import ForeachMAdam
 from maxva_kernels.profile.measure import Groups, Step, copied, parameters
-from maxva_kernels.profile.traffic import DtypeMode, adam_bytes, maxva_bytes
+from maxva_kernels.profile.models import Shapes, num_parameters
+from maxva_kernels.profile.traffic import (
+    COMPACT,
+    DtypeMode,
+    adam_bytes,
+    maxva_bytes,
+    maxva_state_bytes,
+)
 
 BASELINE = "AdamW-fused"
 OURS: dict[str, type[MaxVA]] = {"FusedMAdam": FusedMAdam, "FusedLaMAdam": FusedLaMAdam}
@@ -32,6 +41,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "sr": {"stochastic_rounding": True},
     "amsgrad": {"amsgrad": True},
     "trust": {"trust_ratio": True},
+    "bfloat16": {"state_dtype": "bfloat16"},
+    "int8": {"state_dtype": "int8"},
 }
 
 Make = Callable[[Groups, DtypeMode, dict[str, Any]], torch.optim.Optimizer]
@@ -46,7 +57,8 @@ class Other:
         make: makes it from groups, dtypes and options.
         extras: the extras that it knows, beside "clip".
         devices: device types that it serves.
-        state: bytes of an element of its states; None for the parameter's dtype.
+        state: bytes of an element of its states, with what scales them; None for the parameter's
+            dtype.
         keeps_master: whether it has float32 master weights of its own; where not, it is given
             float32 parameters in the modes with a master copy.
         temporaries: copies of the parameters that a step makes on the way. Its traffic is then a
@@ -59,7 +71,7 @@ class Other:
     make: Make
     extras: frozenset[str] = frozenset()
     devices: tuple[str, ...] = ("cpu", "cuda")
-    state: int | None = None
+    state: float | None = None
     keeps_master: bool = False
     temporaries: int = 0
     low_precision: bool = True
@@ -103,6 +115,8 @@ def _foreach_madam(
 
 
 _GPU = ("cuda",)
+#: bitsandbytes and torchao: a byte, and a float32 per block of 256.
+_EIGHT_BITS = 1 + 4 / 256
 _AMSGRAD = frozenset({"amsgrad"})
 OTHERS: dict[str, Other] = {
     BASELINE: Other("torch", _adamw(fused=True), _AMSGRAD),
@@ -125,8 +139,13 @@ OTHERS: dict[str, Other] = {
         _imported("bitsandbytes.optim", "AdamW", optim_bits=32),
         devices=_GPU, state=4,
     ),
+    "bnb-AdamW8bit": Other(
+        "bitsandbytes", _imported("bitsandbytes.optim", "AdamW8bit"), state=_EIGHT_BITS
+    ),
     "torchao-AdamW8bit": Other(
-        "torchao.optim", _imported("torchao.optim", "AdamW8bit"), devices=_GPU, state=1
+        "torchao.optim",
+        _imported("torchao.optim", "AdamW8bit"),
+        state=_EIGHT_BITS, operators=False,  # torch.compile's kernels
     ),
     "deepspeed-FusedAdam": Other(
         "deepspeed", _imported("deepspeed.ops.adam", "FusedAdam"), devices=_GPU
@@ -207,30 +226,33 @@ class Contender:
         """Why it cannot be measured here in this mode; None where it can."""
         if "sr" in self.extras and (mode.theta != torch.bfloat16 or mode.master):
             return "stochastic rounding is for bfloat16 parameters without a master copy"
+        if self.extras & COMPACT and mode.theta == torch.float64:
+            return "float64 parameters keep float64 states"
         if self.algorithm:
             return None
         if self.dtypes(mode).theta.itemsize == 2 and not self._other.low_precision:
             return "it is for float32 and float64 parameters"
         return self._other.why_not(device_type)
 
-    def bytes_per_parameter(self, mode: DtypeMode) -> int | None:
-        """What a step must move; None where that is not known."""
+    def bytes_per_parameter(self, mode: DtypeMode, shapes: Shapes) -> float | None:
+        """What a step over parameters of these shapes must move; None where that is not known."""
         mode = self.dtypes(mode)
         if self.algorithm:
-            return maxva_bytes(self.algorithm, mode, self.extras)
+            moved = partial(maxva_bytes, self.algorithm, mode, self.extras)
+            return _per_parameter(moved, shapes)
         if self._other.temporaries:
             return None
         return adam_bytes(mode, self.extras, self._other.state)
 
-    def state_bytes(self, mode: DtypeMode) -> int:
+    def state_bytes(self, mode: DtypeMode, shapes: Shapes) -> float:
         """What its states take per parameter, a master copy and temporary lists included."""
         mode = self.dtypes(mode)
+        master = 4 if mode.master else 0
         if self.algorithm:
-            states, element = 4, mode.state.itemsize
-        else:
-            states = (4 if self.kind == "MAdam-foreach" else 2) + self._other.temporaries
-            element = self._other.state or mode.theta.itemsize
-        return (states + ("amsgrad" in self.extras)) * element + (4 if mode.master else 0)
+            return _per_parameter(partial(maxva_state_bytes, mode, self.extras), shapes) + master
+        states = (4 if self.kind == "MAdam-foreach" else 2) + self._other.temporaries
+        element = self._other.state or mode.theta.itemsize
+        return (states + ("amsgrad" in self.extras)) * element + master
 
     def make(self, groups: Groups, mode: DtypeMode) -> tuple[torch.optim.Optimizer, Step]:
         """The optimizer, and its step with whatever clipping goes before it."""
@@ -248,10 +270,20 @@ class Contender:
             options["capturable"] = True
         optimizer = self._other.make(groups, mode, options)
         for group in optimizer.param_groups:
-            group["lr"] = LR
+            if isinstance(group["lr"], torch.Tensor):  # torchao's must stay the one it is
+                group["lr"].fill_(LR)
+            else:
+                group["lr"] = LR
         if "clip" not in self.extras:
             return optimizer, optimizer.step
         return optimizer, partial(_clip_then_step, params, optimizer)
+
+
+def _per_parameter(of_shape: Callable[[tuple[int, ...]], float], shapes: Shapes) -> float:
+    """The mean over all elements of a figure that depends on their parameter's shape."""
+    counts = Counter(shape for shape, _ in shapes)
+    total = sum(n * math.prod(shape) * of_shape(shape) for shape, n in counts.items())
+    return total / num_parameters(shapes)
 
 
 def _clip_then_step(params: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -275,6 +307,9 @@ def parse(name: str, backends: list[str]) -> list[Contender]:
             listed = [f"+{extra}" for extra in EXTRAS if extra in known]
             raise unknown(f"extra of {kind},", f"+{extra}", listed)
     chosen = frozenset(extras)
+    if len(chosen & COMPACT) > 1:
+        raise InputError(f"optimizer {name!r}: states have one dtype, choose one of "
+                         f"+{', +'.join(e for e in EXTRAS if e in COMPACT)}")  # fmt: skip
     if kind in OURS:
         return [Contender(kind, chosen, backend) for backend in backends]
     return [Contender(kind, chosen)]

@@ -56,7 +56,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "kernel ms": lambda row: _shown(row["kernel_ms"], ".2f"),
     "host us": lambda row: _shown(row["host_us"], ".0f"),
     "launches": lambda row: _shown(row["launches"], "d"),
-    "B/param": lambda row: _shown(row["bytes_per_parameter"], "d"),
+    "B/param": lambda row: _shown(row["bytes_per_parameter"], ".4g"),
     "GB/s": lambda row: _shown(row["gb_per_s"], ".1f"),
     "of bandwidth": lambda row: _shown(row["share_of_bandwidth"], ".0%"),
     "extra memory": lambda row: _size(row["peak_extra_bytes"]),

@@ -6,9 +6,18 @@ once and every tensor that it changes is written once (docs/algorithm.md, "Memor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from maxva_kernels.compact import BLOCK, MAXIMUM_DTYPE, WORD_DTYPE, num_blocks
+from maxva_kernels.state import FP32_STATE_BELOW, word_dtype
+
+#: The extras that ask for compact states, by the state_dtype that they set.
+COMPACT = frozenset(WORD_DTYPE)
+_NO_EXTRAS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -46,31 +55,71 @@ def _parameter_bytes(mode: DtypeMode) -> tuple[int, int]:
     return (4, 4 + theta) if mode.master else (theta, theta)
 
 
-def maxva_bytes(algorithm: str, mode: DtypeMode, extras: frozenset[str] = frozenset()) -> int:
-    """Bytes per parameter of a MaxVA step.
+def compact_word(
+    mode: DtypeMode, extras: frozenset[str], shape: tuple[int, ...]
+) -> torch.dtype | None:
+    """The word of a parameter's compact states; None where it keeps float32 ones."""
+    kinds = extras & COMPACT
+    if not kinds:
+        return None
+    group: dict[str, Any] = {"state_dtype": min(kinds), "fp32_state_below": FP32_STATE_BELOW}
+    return word_dtype(torch.empty(shape, dtype=mode.theta, device="meta"), group)
+
+
+def least_shape(mode: DtypeMode, extras: frozenset[str], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the smallest parameter whose states have the form that those of `shape` have."""
+    if compact_word(mode, extras, shape) is None:
+        return (1,)
+    return FP32_STATE_BELOW // BLOCK, BLOCK
+
+
+def maxva_state_bytes(
+    mode: DtypeMode, extras: frozenset[str] = _NO_EXTRAS, shape: tuple[int, ...] = ()
+) -> float:
+    """Bytes of MaxVA's states per element of a parameter, the scales of its blocks included."""
+    word, amsgrad = compact_word(mode, extras, shape), "amsgrad" in extras
+    if word is None:
+        return (4 + amsgrad) * mode.state.itemsize
+    row = math.prod(shape[1:])
+    scales = torch.int32.itemsize * num_blocks(row) / row if word == torch.int32 else 0
+    return word.itemsize + amsgrad * MAXIMUM_DTYPE[word].itemsize + scales
+
+
+def maxva_bytes(
+    algorithm: str,
+    mode: DtypeMode,
+    extras: frozenset[str] = _NO_EXTRAS,
+    shape: tuple[int, ...] = (),
+) -> float:
+    """Bytes of a MaxVA step per element of a parameter.
 
     Args:
         algorithm: "madam" or "lamadam".
         mode: dtypes.
         extras: of "clip" or "skip" (the gradients are read once more), "amsgrad" (vmax is read and
-            written), "trust" (a second pass reads theta and m, and in MAdam what divides m); others
-            move nothing.
+            written), "trust" (a pass before the last reads theta and m, and in MAdam what divides
+            m), "int8" and "bfloat16" (compact states; "trust" then reads them and the gradients
+            twice, to write them once); others move nothing.
+        shape: the parameter's, as that decides whether its states are compact.
     """
-    g, state = mode.grad.itemsize, mode.state.itemsize
+    g, states = mode.grad.itemsize, maxva_state_bytes(mode, extras, shape)
     read, written = _parameter_bytes(mode)
-    states = 5 if "amsgrad" in extras else 4
-    total = read + g + 2 * states * state + written
+    total = read + g + 2 * states + written
     if extras & {"clip", "skip"}:
         total += g
     if "trust" in extras:
-        divisors = 0 if algorithm == "lamadam" else 1 if "amsgrad" in extras else 2
-        total += read + (1 + divisors) * state
+        total += read
+        if compact_word(mode, extras, shape) is None:
+            divisors = 0 if algorithm == "lamadam" else 1 if "amsgrad" in extras else 2
+            total += (1 + divisors) * mode.state.itemsize
+        else:
+            total += g + states
     return total
 
 
 def adam_bytes(
-    mode: DtypeMode, extras: frozenset[str] = frozenset(), state: int | None = None
-) -> int:
+    mode: DtypeMode, extras: frozenset[str] = _NO_EXTRAS, state: float | None = None
+) -> float:
     """Bytes per parameter of a step of Adam(W).
 
     Args:

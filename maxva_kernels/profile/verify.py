@@ -1,26 +1,48 @@
 """One step of an optimizer of ours against the float64 reference, before it is timed.
 
 On the very tensors that are measured afterwards, in the midst of a run: elements at both ends and
-in between of every parameter (whole parameters where norms of tensors matter). Bounds are those of
-docs/algorithm.md's float32 rule in outline; tests/exactness.py has the strict one.
+in between of every parameter (whole parameters where norms of tensors matter, whole blocks where
+states are compact). Bounds are those of docs/algorithm.md's float32 rule in outline; a slot of a
+compact state has to be one of the two codes that enclose the true value, widened by such a bound.
+tests/exactness.py and tests/compact_exactness.py have the strict rules.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from maxva_kernels.compact import (
+    BLOCK,
+    MEAN,
+    NAN_CODE,
+    ROOT,
+    SD,
+    Packed,
+    R,
+    num_blocks,
+    signed_value,
+    unpack,
+    unsigned_value,
+)
 from maxva_kernels.optimizers import LaMAdam, MAdam, MaxVA
 from maxva_kernels.profile.contenders import LR, MAX_GRAD_NORM, Contender
 from maxva_kernels.profile.measure import Step
 from maxva_kernels.profile.traffic import DtypeMode
+from maxva_kernels.state import COMPACT, PACKED
 
 _REFERENCE = {"madam": MAdam, "lamadam": LaMAdam}
 _KEYS = {"m": "exp_avg", "u": "maxva_avg", "v": "exp_avg_sq", "w": "maxva_weight"}
 _SAMPLED = 512
+#: Blocks of a compact parameter at each end, and as many again in between.
+_SAMPLED_BLOCKS = 4
+#: The slots that blocks have scales for, and those that are never negative.
+_SCALED = {"r": R, "mean": MEAN, "sd": SD, "root": ROOT}
+_UNSIGNED = ("sd", "root")
 #: Larger parameters are left out where whole ones are compared.
 _WHOLE_NUMEL = 1 << 20
 
@@ -37,6 +59,22 @@ class _Sample:
     stored: Tensor
     states: dict[str, Tensor]
     step: Tensor
+    codes: _Codes | None = None
+
+
+@dataclass
+class _Codes:
+    """What a compact state says of the elements, by slot, as float64.
+
+    Attributes:
+        slots: by their names in compact.py.
+        exponents: per element the biased exponent of its block's scale; none for bfloat16.
+        block: per element which of the parameter's blocks it is in.
+    """
+
+    slots: dict[str, Tensor]
+    exponents: dict[str, Tensor]
+    block: Tensor
 
 
 def check_step(
@@ -60,7 +98,10 @@ def check_step(
     whole = "trust" in contender.extras
     params = [p for group in optimizer.param_groups for p in group["params"]]
     chosen = _small(params) if whole else list(range(len(params)))
-    positions = {k: _positions(params[k], whole) for k in chosen}
+    positions = {
+        k: _positions(params[k], whole, in_blocks=PACKED in optimizer.state[params[k]])
+        for k in chosen
+    }
     factor = _clip_factor(params) if "clip" in contender.extras else 1.0
     gradients = {k: _at(params[k].grad, positions[k]) * factor for k in chosen}
     before = {k: _sample(optimizer, params[k], positions[k]) for k in chosen}
@@ -76,13 +117,28 @@ def _small(params: list[Tensor]) -> list[int]:
     return sorted(by_shape.values()) or [min(range(len(params)), key=lambda k: params[k].numel())]
 
 
-def _positions(p: Tensor, whole: bool) -> Tensor:
+def _positions(p: Tensor, whole: bool, in_blocks: bool) -> Tensor:
     n = p.numel()
     if whole or n <= 4 * _SAMPLED:
         return torch.arange(n, device=p.device)
+    if in_blocks:
+        return _in_blocks(p).to(p.device)
     inner = torch.linspace(_SAMPLED, n - _SAMPLED - 1, _SAMPLED, dtype=torch.float64).long()
     ends = torch.arange(_SAMPLED)
     return torch.cat([ends, inner, n - 1 - ends]).to(p.device)
+
+
+def _in_blocks(p: Tensor) -> Tensor:
+    """The elements of some blocks of p: of its first, of its last and of others in between."""
+    row = p.shape[1:].numel()
+    blocks = num_blocks(row)
+    last = p.shape[0] * blocks - 1
+    ends = range(_SAMPLED_BLOCKS)
+    inner = (last * k // (_SAMPLED_BLOCKS + 1) for k in range(1, _SAMPLED_BLOCKS + 1))
+    chosen = torch.tensor(sorted({*ends, *inner, *(last - k for k in ends)})).unsqueeze(1)
+    place = chosen % blocks * BLOCK + torch.arange(BLOCK)
+    found: Tensor = (chosen // blocks * row + place)[place < row]
+    return found
 
 
 def _at(tensor: Tensor | None, positions: Tensor) -> Tensor:
@@ -93,12 +149,51 @@ def _at(tensor: Tensor | None, positions: Tensor) -> Tensor:
 def _sample(optimizer: MaxVA, p: Tensor, positions: Tensor) -> _Sample:
     state = optimizer.state[p]
     keys = [key for key in (*_KEYS.values(), "max_exp_avg_sq") if key in state]
-    return _Sample(
+    sample = _Sample(
         theta=_at(state.get("master_param", p), positions),
         stored=_at(p, positions),
         states={key: _at(state[key], positions) for key in keys},
         step=state["step"].clone(),
     )
+    if PACKED in state:
+        _decode(sample, optimizer.algorithm, state, positions)
+    return sample
+
+
+def _decode(sample: _Sample, algorithm: str, state: dict[str, Any], positions: Tensor) -> None:
+    """Fills in what a compact state says: its codes, and the float64 states that they stand for."""
+    row = state[PACKED].shape[1:].numel()
+    block = positions // row * num_blocks(row) + positions % row // BLOCK
+    places = dict(zip(COMPACT, (positions, block, positions), strict=True))
+
+    def gathered(key: str) -> Any:
+        """Every element as a row of its own, with the scales of its block."""
+        return state[key].reshape(-1)[places[key]].unsqueeze(1) if key in state else None
+
+    def wide(x: Tensor) -> Tensor:
+        return x.squeeze(1).double()
+
+    stored = Packed(*map(gathered, COMPACT))
+    moments = unpack(stored, algorithm)
+    mean, sd, w = wide(moments.mean), wide(moments.sd), wide(moments.w)
+    sample.states = {
+        _KEYS["m"]: wide(moments.m),
+        _KEYS["u"]: mean * w,
+        _KEYS["v"]: (mean.square() + sd.square()) * w,
+        _KEYS["w"]: w,
+    }
+    # LaMAdam's momentum is stored as it is: so r is decoded as that
+    slots = {"r": wide(unpack(stored, "lamadam").m), "mean": mean, "sd": sd, "w": w}
+    if moments.root is not None:
+        slots["root"] = wide(moments.root)
+        sample.states["max_exp_avg_sq"] = slots["root"].square()
+    exponents = {}
+    if stored.scale is not None:
+        words = stored.scale.squeeze(1)
+        exponents = {
+            name: words >> 8 * slot & 0xFF for name, slot in _SCALED.items() if name in slots
+        }
+    sample.codes = _Codes(slots, exponents, block)
 
 
 def _clip_factor(params: list[Tensor]) -> float:
@@ -149,7 +244,37 @@ def _compare(contender: Contender, k: int, got: _Sample, want: _Sample, mode: Dt
     unit = 1e-7 if wide else 1.0  # float64 must be that much closer
     update = torch.finfo(mode.state).eps * 4 * want.theta.abs() + 1e-3 * unit * LR
     rounding = torch.finfo(mode.theta).eps * want.theta.abs()
-    m, v, w = (want.states[_KEYS[symbol]] for symbol in "mvw")
+    if got.codes is None:
+        checks = _state_checks(got.states, want.states, unit)
+    else:
+        checks = _code_checks(contender, got.codes, want.states)
+    kept = got.theta if mode.master or mode.theta.itemsize > 2 else None
+    if kept is not None:
+        checks["the parameter"] = _around(kept, want.theta, update)
+    checks["the stored parameter"] = _around(got.stored, want.theta, update + rounding)
+    for what, (is_, low, high) in checks.items():
+        wrong = ~((is_ >= low) & (is_ <= high))  # a NaN is wrong, too
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise WrongResultError(
+                f"{contender.label} computes {what} of parameter {k} wrong: {is_[i].item():.9g} "
+                f"where the float64 reference allows {low[i].item():.9g} to {high[i].item():.9g} "
+                f"({int(wrong.sum())} of {wrong.numel()} compared elements are out of bounds)"
+            )
+
+
+#: What is compared: a value, and the lowest and the highest that it may have.
+_Check = tuple[Tensor, Tensor, Tensor]
+
+
+def _around(value: Tensor, middle: Tensor, bound: Tensor) -> _Check:
+    return value, middle - bound, middle + bound
+
+
+def _state_checks(
+    got: dict[str, Tensor], want: dict[str, Tensor], unit: float
+) -> dict[str, _Check]:
+    m, v, w = (want[_KEYS[symbol]] for symbol in "mvw")
     bounds = {
         "exp_avg": 3e-5 * m.abs().max().expand_as(m),
         "maxva_avg": 1e-4 * (v * w).sqrt(),
@@ -157,17 +282,93 @@ def _compare(contender: Contender, k: int, got: _Sample, want: _Sample, mode: Dt
         "maxva_weight": torch.full_like(w, 3e-5),
         "max_exp_avg_sq": 2e-4 * v / w,
     }
-    checks = {key: (got.states[key], x, bounds[key] * unit) for key, x in want.states.items()}
-    kept = got.theta if mode.master or mode.theta.itemsize > 2 else None
-    if kept is not None:
-        checks["the parameter"] = kept, want.theta, update
-    checks["the stored parameter"] = got.stored, want.theta, update + rounding
-    for what, (is_, should, bound) in checks.items():
-        wrong = ~((is_ - should).abs() <= bound)  # a NaN is wrong, too
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            raise WrongResultError(
-                f"{contender.label} computes {what} of parameter {k} wrong: {is_[i].item():.9g} "
-                f"where the float64 reference has {should[i].item():.9g} "
-                f"({int(wrong.sum())} of {wrong.numel()} compared elements are out of bounds)"
-            )
+    return {key: _around(got[key], x, bounds[key] * unit) for key, x in want.items()}
+
+
+def _code_checks(contender: Contender, codes: _Codes, want: dict[str, Tensor]) -> dict[str, _Check]:
+    m, u, v, w = (want[_KEYS[symbol]] for symbol in "muvw")
+    mean, size = u / w, (v / w).sqrt()
+    sd = (v / w - mean.square()).clamp(min=0).sqrt()
+    r = m
+    if contender.algorithm == "madam":
+        unit = mean.abs() + sd
+        r = torch.where(unit == 0, 0, m / unit)  # a gradient may be 0
+    true = {"r": r, "mean": mean, "sd": sd}
+    bounds = {"r": 3e-5 * r.abs().max().expand_as(r), "mean": 1e-4 * size, "sd": 1e-4 * size}
+    if "root" in codes.slots:
+        true["root"] = want["max_exp_avg_sq"].sqrt()
+        bounds["root"] = 1e-4 * true["root"]
+    checks = {}
+    for name, middle in true.items():
+        low, high = middle - bounds[name], middle + bounds[name]
+        if name in _UNSIGNED:
+            low = low.clamp(min=0)
+        grid, scale = None, torch.ones_like(middle)
+        if name in codes.exponents:
+            exponent = codes.exponents[name].double()
+            grid = _grid(name in _UNSIGNED).to(middle)
+            scale = torch.exp2(exponent - 127)
+            checks[f"the scale of {name}"] = exponent, *_exponents(low, high, codes.block)
+        below, above = _enclosing(low / scale, high / scale, grid)
+        checks[name] = codes.slots[name], below * scale, above * scale
+    grid = _grid(unsigned=False).to(w) if codes.exponents else None
+    bound = 1e-4 * torch.minimum(w, 1 - w) + 4 * torch.finfo(torch.float32).eps
+    checks["w"] = codes.slots["w"], *_enclosing_weight(w - bound, w + bound, grid)
+    return checks
+
+
+def _grid(unsigned: bool) -> Tensor:
+    """The numbers that codes of int8 stand for, in units of their scale, rising."""
+    if unsigned:
+        return unsigned_value(torch.arange(NAN_CODE), 1.0)
+    return signed_value(torch.cat([torch.arange(255, 128, -1), torch.arange(128)]), 1.0)
+
+
+def _exponents(low: Tensor, high: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Per element the least and the greatest exponent of its block's scale.
+
+    It puts the block's largest magnitude into [0.40625, 0.8125).
+    """
+    least = torch.where(low * high < 0, 0, torch.minimum(low.abs(), high.abs()))
+    most = torch.maximum(low.abs(), high.abs())
+
+    def exponent(magnitude: Tensor) -> Tensor:
+        zeros = magnitude.new_zeros(int(block.max()) + 1)
+        largest = zeros.scatter_reduce(0, block, magnitude, "amax")[block]
+        mantissa, exponent = torch.frexp(largest)
+        found = exponent + 127 + (mantissa >= 0.8125)
+        return torch.where(largest == 0, 1, found).clamp(min=1).double()
+
+    return exponent(least), exponent(most)
+
+
+def _enclosing(low: Tensor, high: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two numbers of a grid that enclose [low, high]; None: of bfloat16."""
+    if grid is not None:
+        below = torch.searchsorted(grid, low, right=True) - 1
+        above = torch.searchsorted(grid, high)
+        return grid[below.clamp(min=0)], grid[above.clamp(max=len(grid) - 1)]
+
+    def spacing(x: Tensor) -> Tensor:
+        return torch.exp2((torch.frexp(x).exponent - 8).clamp(min=-133).double())
+
+    below, above = spacing(low), spacing(high)
+    return (low / below).floor() * below, (high / above).ceil() * above
+
+
+def _enclosing_weight(low: Tensor, high: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for w, of which a code holds w up to 1/2 and 1 - w above."""
+    eps = torch.finfo(torch.float32).eps  # the rounding of 1 - w
+    low, high = low.clamp(0, 1), high.clamp(0, 1)
+    up_to_half = _enclosing(low.clamp(max=0.5), high.clamp(max=0.5), grid)
+    above_half = _enclosing(1 - high.clamp(min=0.5), 1 - low.clamp(min=0.5), grid)
+    if grid is not None:  # a started coordinate never returns to w = 0
+        up_to_half = up_to_half[0], up_to_half[1].clamp(min=float(grid[grid > 0][0]))
+    is_low, is_high = low <= 0.5, high > 0.5  # both, where rounding decides which
+    lowest = torch.minimum(
+        torch.where(is_low, up_to_half[0], 1), torch.where(is_high, 1 - above_half[1] - eps, 1)
+    )
+    highest = torch.maximum(
+        torch.where(is_low, up_to_half[1], 0), torch.where(is_high, 1 - above_half[0] + eps, 0)
+    )
+    return lowest, highest
