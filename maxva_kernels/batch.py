@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +34,20 @@ class Statistic(enum.IntEnum):
 
 #: Fields of the control block, float64 on the gradients' device.
 SKIP, CLIP_FACTOR, GRAD_NORM, CONTROL_FIELDS = range(4)
+
+
+#: The fields of a Batch that hold states, beside `step`: their keys in a parameter's state.
+STATE_KEYS = {
+    "m": "exp_avg",
+    "u": "maxva_avg",
+    "v": "exp_avg_sq",
+    "w": "maxva_weight",
+    "vmax": "max_exp_avg_sq",
+    "packed": "maxva_packed",
+    "scale": "maxva_scale",
+    "maximum": "maxva_packed_max",
+    "master": "master_param",
+}
 
 
 @dataclass(slots=True)
@@ -80,50 +96,43 @@ class Batch:
 def check_states(batch: Batch) -> None:
     """Raises unless every state fits its parameter.
 
-    The operators check for themselves; this is for plain torch code, and for a step of several
-    batches, of which none may move before all are known to fit.
+    The operators check for themselves; this is for plain torch code, and for the later batches of a
+    step, as none may move before all are known to fit.
     """
-    if batch.packed:
-        _check_packed(batch)
-    lists = {
-        "exp_avg": batch.m,
-        "maxva_avg": batch.u,
-        "exp_avg_sq": batch.v,
-        "maxva_weight": batch.w,
-        "max_exp_avg_sq": batch.vmax,
-        "master_param": batch.master,
-    }
-    for name, tensors in lists.items():
-        for theta, tensor in zip(batch.theta, tensors, strict=False):
-            dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-            if (tensor.shape, tensor.dtype, tensor.device) != (theta.shape, dtype, theta.device):
+    shapes = [theta.shape for theta in batch.theta]
+    dtypes = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in batch.theta]
+    for name in ("m", "u", "v", "w", "vmax", "master"):
+        _check_list(batch, name, shapes, dtypes)
+    if not batch.packed:
+        return
+    word = batch.packed[0].dtype
+    _check_list(batch, "packed", shapes, [word] * len(shapes))
+    _check_list(batch, "scale", list(map(_blocks, shapes)), [torch.int32] * len(shapes))
+    _check_list(batch, "maximum", shapes, [MAXIMUM_DTYPE[word]] * len(shapes))
+    for name in ("packed", "maximum"):
+        for theta, tensor in zip(batch.theta, getattr(batch, name), strict=False):
+            if not same_layout(tensor, theta):
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
-                    f"its parameter needs {tuple(theta.shape)}, {dtype} on {theta.device}"
+                    f"{STATE_KEYS[name]} has strides {tensor.stride()}, its parameter "
+                    f"{theta.stride()}; blocks are of memory, so the layouts must agree"
                 )
 
 
-def _check_packed(batch: Batch) -> None:
-    word_dtype = batch.packed[0].dtype
-    for i, theta in enumerate(batch.theta):
-        needs = [("maxva_packed", batch.packed[i], tuple(theta.shape), word_dtype)]
-        if word_dtype == torch.int32:
-            blocks = theta.shape[0], num_blocks(theta.shape[1:].numel())
-            needs.append(("maxva_scale", batch.scale[i], blocks, torch.int32))
-        if batch.maximum:
-            dtype = MAXIMUM_DTYPE[word_dtype]
-            needs.append(("maxva_packed_max", batch.maximum[i], tuple(theta.shape), dtype))
-        for name, tensor, shape, dtype in needs:
-            if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, theta.device):
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
-                    f"its parameter needs {shape}, {dtype} on {theta.device}"
-                )
-            if name != "maxva_scale" and not same_layout(tensor, theta):
-                raise ValueError(
-                    f"{name} has strides {tensor.stride()}, its parameter {theta.stride()}; "
-                    f"blocks are of memory, so the layouts must agree"
-                )
+@functools.lru_cache(maxsize=65536)  # asked for in every step
+def _blocks(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], num_blocks(shape[1:].numel())
+
+
+def _check_list(
+    batch: Batch, name: str, shapes: Sequence[tuple[int, ...]], dtypes: list[torch.dtype]
+) -> None:
+    device = batch.device
+    for tensor, shape, dtype in zip(getattr(batch, name), shapes, dtypes, strict=False):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{STATE_KEYS[name]} has shape {tuple(tensor.shape)}, {tensor.dtype} on "
+                f"{tensor.device}; its parameter needs {tuple(shape)}, {dtype} on {device}"
+            )
 
 
 class Backend(Protocol):

@@ -9,9 +9,11 @@ No mathematics of the update rule here: that is reference.py, csrc/maxva_math.h 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NoReturn, TypedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,22 +23,29 @@ from typing_extensions import Unpack
 
 from maxva_kernels import rounding
 from maxva_kernels.backends import check_name, find_backend
-from maxva_kernels.batch import CONTROL_FIELDS, SKIP, Backend, Batch, Phase, check_states
+from maxva_kernels.batch import (
+    CONTROL_FIELDS,
+    SKIP,
+    STATE_KEYS,
+    Backend,
+    Batch,
+    Phase,
+    check_states,
+)
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
 from maxva_kernels.sharding import NormGroup, Sharding
 from maxva_kernels.state import (
     FP32_STATE_BELOW,
-    PACKED,
-    PACKED_MAXIMUM,
-    SCALE,
+    Forms,
     Shield,
+    are_complete,
     completed,
     has_moments,
     in_form,
-    is_complete,
     memory,
     placed,
     shielded,
+    state_fields,
     word_dtype,
 )
 from maxva_kernels.statistics import StepStatistics
@@ -78,6 +87,13 @@ class FusedOptions(Options, total=False):
     backend: str
 
 
+class _Checked(NamedTuple):
+    """Of a group: its hyper-parameters (hyper.ROW), and its parameters' gradients."""
+
+    row: tuple[float, ...]
+    gradients: list[Any]  # None where there is none
+
+
 class MaxVA(Optimizer):
     """The step protocol that MAdam and LaMAdam share; subclasses name the algorithm."""
 
@@ -89,6 +105,7 @@ class MaxVA(Optimizer):
     _backend: str
     _norm_group: NormGroup | None
     _statistics: StepStatistics | None
+    _forms: Forms
 
     def __init__(
         self,
@@ -125,6 +142,7 @@ class MaxVA(Optimizer):
         check_name(backend)
         self._backend = backend
         self._statistics = None
+        self._forms = Forms()
         # a group key added in a later release would break flattened distributed checkpoints
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -382,11 +400,11 @@ class MaxVA(Optimizer):
     # torch.compiler.disable without its import of torch._dynamo, which takes seconds.)
     @_disable_dynamo
     def _step(self) -> None:
-        rows = self._check()
+        checked = self._check()
         sharding = Sharding(self.param_groups, self._norm_group)
         replaced: list[tuple[Tensor, dict[str, Any]]] = []
         try:
-            batches = self._collect(rows, replaced)
+            batches = self._collect(checked, replaced)
             statistics = None
             if any(self._collecting()):
                 statistics = self._statistics = self._statistics or StepStatistics()
@@ -398,9 +416,8 @@ class MaxVA(Optimizer):
                 batches, replaced, sharding
             ):
                 return
-            if len(batches) > 1:
-                for batch in batches:
-                    check_states(batch)
+            for batch in batches[1:]:  # the first one's operator checks before anything moves
+                check_states(batch)
             controls = self._write_controls(batches, sharding)
             counted = self._update(batches, controls, sharding, replaced)
         except Exception:
@@ -416,26 +433,27 @@ class MaxVA(Optimizer):
     def _collecting(self) -> list[bool]:
         return [group["collect_stats"] for group in self.param_groups]
 
-    def _check(self) -> list[tuple[float, ...]]:
-        """Checks groups and gradients, changes nothing; returns the groups' rows."""
-        rows = []
-        first = self.param_groups[0]
+    def _check(self) -> list[_Checked]:
+        """Checks groups and gradients; changes nothing."""
+        checked = []
+        first, strided = self.param_groups[0], torch.strided
         unscales = isinstance(getattr(self, "grad_scale", None), Tensor)
         for group in self.param_groups:
-            rows.append(_check_options(group, first))
-            for index, p in enumerate(group["params"]):
-                g = p.grad
+            row = _check_options(group, first)
+            gradients = [p.grad for p in group["params"]]
+            for index, (p, g) in enumerate(zip(group["params"], gradients, strict=True)):
                 if g is not None and (
-                    g.layout is not torch.strided
+                    g.layout is not strided
                     or g.shape != p.shape
                     or g.device != p.device
                     or (unscales and _is_expanded(g))
                 ):
                     _refuse_gradient(group, index, p, g)
-        return rows
+            checked.append(_Checked(row, gradients))
+        return checked
 
     def _collect(
-        self, rows: list[tuple[float, ...]], replaced: list[tuple[Tensor, dict[str, Any]]]
+        self, checked: list[_Checked], replaced: list[tuple[Tensor, dict[str, Any]]]
     ) -> list[Batch]:
         """Sorts all tensors into batches.
 
@@ -446,67 +464,63 @@ class MaxVA(Optimizer):
         rounds = any(group["stochastic_rounding"] for group in self.param_groups)
         collects = any(self._collecting())
         end = 0
-        for k, (row, group) in enumerate(zip(rows, self.param_groups, strict=True)):
-            start, end = end, end + len(group["params"])
+        for k, (group, of_group) in enumerate(zip(self.param_groups, checked, strict=True)):
+            params, gradients = group["params"], of_group.gradients
             amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
-            begun: dict[tuple[Any, ...], Batch] = {}
-            if group["params"]:
-                self._place_group_step(group, group["params"][0].device)
-            is_float32 = group["state_dtype"] == "float32"
-            for parameter, p in enumerate(group["params"], start):
-                g = p.grad
-                if g is None:
-                    continue
-                has_master = group["master_weights"] and p.dtype in _LOW_PRECISION
-                compact = None if is_float32 else word_dtype(p, group)
-                kind = p.device, has_master, compact
-                batch = begun.get(kind)
+            start, end = end, end + len(params)
+            if not params:
+                continue
+            self._place_group_step(group, params[0].device)
+            # lists at a time, as this is a hot path
+            forms, roundings = self._forms.of(k, group, start)
+            for device, has_master, compact, places in _kinds(group, gradients, forms):
+                key = device, has_master, compact, amsgrad, trust_ratio
+                batch = batches.get(key)
                 if batch is None:
-                    batch = begun[kind] = batches.setdefault(
-                        (*kind, amsgrad, trust_ratio), Batch(p.device, trust_ratio)
-                    )
-                    self._begin_group(batch, k, row)
-                state = self.state[p]
-                if not is_complete(p, state, compact, amsgrad, has_master):
-                    if _is_capturing(p.device):
-                        raise RuntimeError(
-                            "a parameter has no state yet, or one of another state_dtype, while a "
-                            "CUDA graph is being captured; every replay would reset it. Run a step "
-                            "before the capture"
-                        )
-                    replaced.append((p, dict(state)))
-                    _refill(
-                        state,
-                        completed(p, state, compact, amsgrad, has_master, self.algorithm),
-                    )
-                batch.theta.append(p)
-                batch.g.append(g)
-                if compact is None:
-                    batch.m.append(state["exp_avg"])
-                    batch.u.append(state["maxva_avg"])
-                    batch.v.append(state["exp_avg_sq"])
-                    batch.w.append(state["maxva_weight"])
-                    if amsgrad:
-                        batch.vmax.append(state["max_exp_avg_sq"])
-                else:
-                    batch.packed.append(state[PACKED])
-                    if compact == torch.int32:
-                        batch.scale.append(state[SCALE])
-                    if amsgrad:
-                        batch.maximum.append(state[PACKED_MAXIMUM])
-                batch.step.append(state["step"])
-                batch.group_sizes[-1] += 1
-                if has_master:
-                    batch.master.append(state["master_param"])
+                    batch = batches[key] = Batch(device, trust_ratio)
+                self._begin_group(batch, k, of_group.row)
+                batch.group_sizes[-1] = len(places)
+                chosen = [params[i] for i in places]
+                states = self._states(chosen, compact, amsgrad, has_master, replaced)
+                batch.theta += chosen
+                batch.g += [gradients[i] for i in places]
+                batch.step += map(itemgetter("step"), states)
+                for name in state_fields(compact, amsgrad, has_master):
+                    getattr(batch, name).extend(map(itemgetter(STATE_KEYS[name]), states))
                 if collects:
-                    batch.parameters.append(parameter)
+                    batch.parameters += [start + i for i in places]
                 if rounds or compact is not None:
-                    is_compact = compact is not None
-                    batch.rounding.extend(rounding.row(group, p, parameter, is_compact))
+                    batch.rounding += itertools.chain.from_iterable(roundings[i] for i in places)
         for batch in batches.values():
             if batch.device.type != "cpu" and any(step.is_cpu for step in batch.step):
                 self._place_steps(batch)
         return list(batches.values())
+
+    def _states(
+        self,
+        params: list[Tensor],
+        compact: torch.dtype | None,
+        amsgrad: bool,
+        has_master: bool,
+        replaced: list[tuple[Tensor, dict[str, Any]]],
+    ) -> list[dict[str, Any]]:
+        """The states of parameters of one kind; completed, with the old ones in `replaced`."""
+        states = [self.state.get(p, {}) for p in params]
+        if are_complete(params, states, compact, amsgrad, has_master):
+            return states
+        for p in params:
+            state = self.state[p]
+            if are_complete([p], [state], compact, amsgrad, has_master):
+                continue
+            if _is_capturing(p.device):
+                raise RuntimeError(
+                    "a parameter has no state yet, or one of another state_dtype, while a CUDA "
+                    "graph is being captured; every replay would reset it. Run a step before the "
+                    "capture"
+                )
+            replaced.append((p, dict(state)))
+            _refill(state, completed(p, state, compact, amsgrad, has_master, self.algorithm))
+        return [self.state[p] for p in params]
 
     def _place_steps(self, batch: Batch) -> None:
         """Moves counters to their device: ZeroRedundancyOptimizer loads them onto the CPU."""
@@ -656,6 +670,7 @@ class MaxVA(Optimizer):
             "_backend": self._backend,
             "_norm_group": self._norm_group,
             "_statistics": None,
+            "_forms": Forms(),
         }
 
 
@@ -788,6 +803,32 @@ class LaMAdam(MaxVA):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, lr, betas, beta_min, eps, weight_decay, backend="eager", **options)
+
+
+def _kinds(
+    group: dict[str, Any],
+    gradients: list[Any],
+    forms: Mapping[torch.dtype | None, Sequence[int]],
+) -> Iterator[tuple[torch.device, bool, torch.dtype | None, Sequence[int]]]:
+    """The places of parameters with gradients, by device, master weights and form of state."""
+    params = group["params"]
+    devices = [p.device for p in params]
+    masters = [False] * len(params)
+    if group["master_weights"]:
+        masters = [p.dtype in _LOW_PRECISION for p in params]
+    is_usual = devices.count(devices[0]) == len(params) and len(set(masters)) == 1
+    has_all = not any(g is None for g in gradients)
+    for form, of_form in forms.items():
+        places = of_form if has_all else [i for i in of_form if gradients[i] is not None]
+        kinds: dict[tuple[torch.device, bool], Any] = {}
+        if is_usual:
+            kinds[devices[0], masters[0]] = places
+        else:
+            for i in places:
+                kinds.setdefault((devices[i], masters[i]), []).append(i)
+        for (device, has_master), of_kind in kinds.items():
+            if of_kind:
+                yield device, has_master, form, of_kind
 
 
 def _refill(state: dict[str, Any], new: dict[str, Any]) -> None:

@@ -17,23 +17,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from maxva_kernels.batch import Batch, Statistic
+from maxva_kernels.batch import STATE_KEYS, Batch, Statistic
 from maxva_kernels.compact import BLOCK, num_blocks, rows_are_dense
 from maxva_kernels.hyper import describe
 
 #: Fields of a Batch that are divided as their parameter is, with the names users know.
-_LIKE_PARAMETER = {
-    "g": "gradient",
-    "m": "exp_avg",
-    "u": "maxva_avg",
-    "v": "exp_avg_sq",
-    "w": "maxva_weight",
-    "vmax": "max_exp_avg_sq",
-    "packed": "maxva_packed",
-    "scale": "maxva_scale",
-    "maximum": "maxva_packed_max",
-    "master": "master_param",
-}
+_LIKE_PARAMETER = {"g": "gradient", **STATE_KEYS}
 
 
 def _dtensor() -> type[Any] | None:
@@ -45,6 +34,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     cls = _dtensor()
     return cls is not None and isinstance(tensor, cls)
+
+
+def holds_dtensor(tensors: list[Tensor]) -> bool:
+    """Whether any tensor is a DTensor."""
+    cls = _dtensor()
+    return cls is not None and _holds(cls, tensors)
 
 
 def _holds(cls: type[Any], tensors: list[Tensor]) -> bool:

@@ -6,28 +6,37 @@ It has one of two forms: float32 tensors (float64 for float64 parameters), or co
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from maxva_kernels import rounding
 from maxva_kernels.compact import (
+    DTYPE,
     MAXIMUM_DTYPE,
+    SHAPE,
+    STRIDE,
     WORD_DTYPE,
     Moments,
     Packed,
+    agree,
     holds_nonfinite,
     num_blocks,
     pack,
     rows_are_dense,
     same_layout,
+    same_layouts,
     unpack,
     used_exponents,
 )
 from maxva_kernels.hyper import describe
 from maxva_kernels.sharding import (
     check_placement,
+    holds_dtensor,
     holds_whole_blocks,
     local,
     zeros_per_block,
@@ -67,27 +76,109 @@ def has_moments(state: dict[str, Any]) -> bool:
     return "maxva_weight" in state or PACKED in state
 
 
-def is_complete(
-    p: Tensor,
-    state: dict[str, Any],
+class Forms:
+    """In which form parameters keep their states and how they are rounded, from step to step.
+
+    A group's are found anew where anything has changed that they depend on, and where it holds
+    DTensors.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def of(
+        self, index: int, group: dict[str, Any], start: int
+    ) -> tuple[Mapping[torch.dtype | None, Sequence[int]], list[tuple[int, ...]]]:
+        """Sorts a group's parameters by word_dtype, and tells their rows of rounding.FIELDS.
+
+        Args:
+            index: the group's in the optimizer.
+            group: the group.
+            start: its first parameter's index in the optimizer.
+
+        Returns:
+            By word_dtype the indices of parameters in the group; per parameter its row.
+        """
+        params = group["params"]
+        if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
+            return {None: range(len(params))}, [rounding.NEAREST] * len(params)
+        options = [start, len(params), *(group[name] for name in _FORM_KEYS)]
+        known = self._known.get(index)
+        if known is None or not known.fits(options, params) or holds_dtensor(params):
+            places: dict[torch.dtype | None, list[int]] = {}
+            rows = []
+            for i, p in enumerate(params):
+                word = word_dtype(p, group)
+                places.setdefault(word, []).append(i)
+                rows.append(rounding.row(group, p, start + i, word is not None))
+            facts = [list(map(fact, params)) for fact in _FORM_FACTS]
+            known = self._known[index] = _Known(options, facts, places, rows)
+        return known.places, known.rows
+
+
+#: What word_dtype and rounding.row read of a group, and of a parameter that is no DTensor.
+_FORM_KEYS = ("state_dtype", "fp32_state_below", "stochastic_rounding", "rounding_seed")
+_FORM_FACTS = (SHAPE, STRIDE, DTYPE)
+
+
+class _Known(NamedTuple):
+    """What was found for a group, and from what."""
+
+    options: list[Any]
+    facts: list[list[Any]]
+    places: Mapping[torch.dtype | None, Sequence[int]]
+    rows: list[tuple[int, ...]]
+
+    def fits(self, options: list[Any], params: list[Tensor]) -> bool:
+        return self.options == options and all(
+            agree(map(fact, params), values)
+            for fact, values in zip(_FORM_FACTS, self.facts, strict=True)
+        )
+
+
+def are_complete(
+    params: list[Tensor],
+    states: list[dict[str, Any]],
     compact: torch.dtype | None,
     amsgrad: bool,
     has_master: bool,
 ) -> bool:
-    """Whether p can make a step with this state, in the form `compact` (word_dtype)."""
-    if compact is None:
-        if "maxva_weight" not in state or (amsgrad and MAXIMUM not in state):
+    """Whether parameters can make a step with these states, in the form `compact` (word_dtype)."""
+    needed = ["maxva_weight" if compact is None else PACKED]
+    if amsgrad:
+        needed.append(MAXIMUM if compact is None else PACKED_MAXIMUM)
+    if has_master:
+        needed.append("master_param")
+    for key in needed:
+        if False in [key in state for state in states]:
             return False
-    elif not _has_form(p, state, compact) or amsgrad != (PACKED_MAXIMUM in state):
+    if compact is None:
+        return True
+    if not amsgrad and True in [PACKED_MAXIMUM in state for state in states]:
         return False
-    return not has_master or "master_param" in state
+    return _have_form(params, [state[PACKED] for state in states], compact)
+
+
+def state_fields(compact: torch.dtype | None, amsgrad: bool, has_master: bool) -> list[str]:
+    """The fields of a Batch that states of this form fill, beside `step`."""
+    if compact is None:
+        fields = ["m", "u", "v", "w", *(["vmax"] if amsgrad else [])]
+    else:
+        fields = ["packed", *(["scale"] if compact == torch.int32 else [])]
+        fields += ["maximum"] if amsgrad else []
+    return fields + (["master"] if has_master else [])
+
+
+def _have_form(params: list[Tensor], packed: list[Tensor], compact: torch.dtype) -> bool:
+    return (
+        agree(map(DTYPE, packed), repeat(compact))
+        and agree(map(SHAPE, packed), map(SHAPE, params))
+        and same_layouts(packed, params)  # blocks are of memory
+    )
 
 
 def _has_form(p: Tensor, state: dict[str, Any], compact: torch.dtype) -> bool:
-    packed = state.get(PACKED)
-    if packed is None or packed.dtype != compact or packed.shape != p.shape:
-        return False
-    return same_layout(packed, p)  # blocks are of memory
+    return PACKED in state and _have_form([p], [state[PACKED]], compact)
 
 
 def completed(

@@ -460,13 +460,14 @@ def test_a_dict_of_another_kind_is_refused(state, message):
 
 
 @pytest.mark.parametrize("kind", ["shape", "dtype"])
-def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(kind, backend):
-    """Also where it belongs to the second of two batches, which amsgrad separates."""
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(which, kind, backend):
+    """Of the first or the second of two batches, which amsgrad separates."""
     params = make_params()[:2]
     groups = [{"params": params[:1]}, {"params": params[1:], "amsgrad": True}]
     optimizer = FusedMAdam(groups, backend=backend)
     train(params, optimizer, 0, 2)
-    state = optimizer.state[params[1]]
+    state = optimizer.state[params[which]]
     state["exp_avg_sq"] = torch.ones(5) if kind == "shape" else torch.ones(3).half()
     before = copy.deepcopy((params, optimizer.state_dict()["state"]))
     with pytest.raises((ValueError, TypeError), match="exp_avg_sq"):

@@ -22,7 +22,7 @@ from exactness import FUSED, in_layout, params_of, same_bits, set_grad, snapshot
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from maxva_kernels import FusedMAdam, MAdam, load_reference_state
+from maxva_kernels import FusedMAdam, MAdam, load_reference_state, state
 from maxva_kernels.compact import (
     BLOCK,
     Moments,
@@ -518,6 +518,93 @@ def test_state_dtype_may_change_between_steps(kind: str, backend: str) -> None:
     opt.param_groups[0]["fp32_state_below"] = 10**6
     train(opt, range(5, 6))
     assert opt.state[matrix].keys() == FLOAT32_KEYS
+
+
+def remembering_params() -> list[Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = (8, 128), (40,), (6, 200), (3, 64, 2, 2)
+    return [Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]
+
+
+def _new_layout(opt: torch.optim.Optimizer) -> None:
+    p = params_of(opt)[2]
+    p.data = p.data.t().contiguous().t()  # dimension 0 is not outermost any more
+
+
+def _new_dtype(opt: torch.optim.Optimizer) -> None:
+    p = params_of(opt)[0]
+    p.grad = None
+    p.data = p.data.double()
+
+
+def _new_shape(opt: torch.optim.Optimizer) -> None:
+    p = params_of(opt)[2]
+    p.grad = None
+    p.data = p.data.reshape(200, 6).clone()
+    del opt.state[p]
+
+
+#: What a step's row of rounding or its form depends on.
+REMEMBERED: dict[str, Any] = {
+    "seed": lambda opt: opt.param_groups[1].update(rounding_seed=9),
+    "rounding": lambda opt: opt.param_groups[1].update(stochastic_rounding=False),
+    "state_dtype": lambda opt: opt.param_groups[1].update(state_dtype="bfloat16"),
+    "float32": lambda opt: opt.param_groups[1].update(state_dtype="float32"),
+    "below": lambda opt: opt.param_groups[1].update(fp32_state_below=1000),
+    "layout": _new_layout,
+    "dtype": _new_dtype,
+    "shape": _new_shape,
+    "fewer parameters": lambda opt: opt.param_groups[1]["params"].pop(),
+    "more in the group before": lambda opt: opt.param_groups[0]["params"].append(
+        Parameter(torch.ones(5, dtype=torch.bfloat16))
+    ),
+    "nothing": lambda opt: None,
+}
+
+
+@pytest.mark.parametrize("change", REMEMBERED)
+def test_what_a_step_remembers_is_what_a_new_optimizer_finds(change: str, kernel: str) -> None:
+    options = {"state_dtype": "int8", "fp32_state_below": 0, "stochastic_rounding": True}
+    params = remembering_params()
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    opt = FusedMAdam(groups, backend=kernel, **options)
+
+    def train_two(opt: torch.optim.Optimizer, steps: range) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for _ in steps:
+            for p in params_of(opt):
+                set_grad(p, torch.randn(p.shape, generator=generator).to(p.dtype))
+            opt.step()
+
+    train_two(opt, range(2))
+    REMEMBERED[change](opt)
+    other = copy.deepcopy(opt)  # which remembers nothing
+    for one in (opt, other):
+        train_two(one, range(2))
+    assert same_bits(snapshot(opt), snapshot(other))
+
+
+def test_forms_are_found_once(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Parameter] = []
+    found = state.word_dtype
+
+    def counted(p: Parameter, group: dict[str, Any]) -> Any:
+        asked.append(p)
+        return found(p, group)
+
+    monkeypatch.setattr(state, "word_dtype", counted)
+    params = remembering_params()
+    opt = FusedMAdam(params, state_dtype="int8", fp32_state_below=0, backend=kernel)
+    train(opt, range(1))
+    assert len(asked) == len(params)
+    params[1].grad = None
+    opt.step()
+    train(opt, range(2, 4))
+    assert len(asked) == len(params)
+    params[3].data = params[3].data.contiguous(memory_format=torch.channels_last)
+    params[3].grad = None
+    train(opt, range(4, 6))
+    assert len(asked) == 2 * len(params)
 
 
 @pytest.mark.parametrize("kind", KINDS)
