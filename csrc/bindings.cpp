@@ -143,6 +143,7 @@ UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
   const size_t n = theta.size();
   const at::Device device = theta[0].device();
   UpdateArgs args;
+  args.lists.theta = theta.vec();  // run_update fits them
   args.algorithm = algorithm_of(algorithm);
   TORCH_CHECK_VALUE(phase >= 0 && phase <= 2, "maxva: phase must be 0, 1 or 2, is ", phase);
   args.phase = static_cast<Phase>(phase);
@@ -235,8 +236,7 @@ void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args
   // Only now: a temporary is the first thing that costs, and copies must be in order.
   LayoutFitter fitter;
   for (const auto i : c10::irange(common.theta.size())) {
-    args.lists.theta.push_back(fitter.parameter(common.theta[i], i));
-    const Tensor& fitted = args.lists.theta.back();
+    const Tensor& fitted = args.lists.theta[i] = fitter.parameter(common.theta[i], i);
     args.lists.g.push_back(
         fitter.like(fitted, common.g[i], common.grad_scale.has_value(), "gradient", i));
     for (const List& list : lists) {
@@ -285,10 +285,9 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   run_update(common, lists, args);
 }
 
-// Whether element k of the memory belongs to row k / (numel / size(0)) of dimension 0.
-bool has_rows_outermost(const Tensor& theta) {
-  return theta.is_non_overlapping_and_dense() &&
-         (theta.size(0) <= 1 || theta.stride(0) == theta.numel() / theta.size(0));
+// Whether element k of the memory belongs to row k / row of dimension 0.
+bool has_rows_outermost(const Tensor& theta, int64_t row) {
+  return theta.is_non_overlapping_and_dense() && (theta.size(0) <= 1 || theta.stride(0) == row);
 }
 
 void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorList scale,
@@ -320,8 +319,9 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
     check_parameter(common, lists, rounding_of, i);
     TORCH_CHECK_TYPE(theta[i].scalar_type() != at::kDouble, "maxva: parameter ", i,
                      " is float64, whose states are never compact; use update_");
-    TORCH_CHECK_VALUE(theta[i].dim() > 0 && has_rows_outermost(theta[i]), "maxva: parameter ", i,
-                      " of shape ", theta[i].sizes(), " and strides ", theta[i].strides(),
+    TORCH_CHECK_VALUE(theta[i].dim() > 0 && has_rows_outermost(theta[i], args.row_of(i)),
+                      "maxva: parameter ", i, " of shape ", theta[i].sizes(), " and strides ",
+                      theta[i].strides(),
                       " is not dense with dimension 0 outermost, which compact states need; make "
                       "it contiguous");
     for (const List& list : at::ArrayRef<List>(lists).slice(0, 2)) {
@@ -334,8 +334,7 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
     TORCH_CHECK_VALUE(rounding_of.parameter >= 0, "maxva: rounding[", i,
                       "] has no parameter index, which compact states need");
     if (!is_int8) continue;
-    const int64_t row = theta[i].numel() == 0 ? 0 : theta[i].numel() / theta[i].size(0);
-    const std::array<int64_t, 2> blocks{theta[i].size(0), blocks_of_row(row)};
+    const std::array<int64_t, 2> blocks{theta[i].size(0), blocks_of_row(args.row_of(i))};
     const Tensor& scale_of = scale[i];
     TORCH_CHECK_VALUE(scale_of.scalar_type() == at::kInt && scale_of.layout() == at::kStrided &&
                           (theta[i].numel() == 0 || scale_of.sizes() == at::IntArrayRef(blocks)) &&

@@ -734,8 +734,8 @@ class FusedMAdam(MaxVA):
             parameters, not for flat shards. DTensors need no group; with one, their norms are
             summed over their mesh first. Copies share the group; an optimizer with one cannot be
             pickled (its state_dict can).
-        backend: "cuda", "cpu", "eager", or "auto" for the best there is for the parameters'
-            device; the MAXVA_BACKEND variable overrides "auto".
+        backend: "cuda", "triton", "cpu", "eager", or "auto" for the best there is for the
+            parameters' device; the MAXVA_BACKEND variable overrides "auto".
 
     Raises:
         ValueError: a value outside its range, or an empty parameter list.

@@ -425,7 +425,7 @@ def linear_index(p: Tensor) -> tuple[int, int, int]:
         at least 1, that it may be divided by where the local part is empty.
 
     Raises:
-        NotImplementedError: the part of this rank has no such form.
+        NotImplementedError: the part of some rank has no such form; on all ranks then.
     """
     if not is_dtensor(p):
         return 0, max(p.numel(), 1), p.numel()
@@ -505,39 +505,82 @@ class _Division(NamedTuple):
 @functools.lru_cache(maxsize=65536)  # asked for in every step
 def _linear_index(division: _Division, part: tuple[int, ...]) -> tuple[int, int, int]:
     shape = division.shape
+    divided = _numberable_dims(division)
     if 0 in part:
         return 0, 1, math.prod(shape)
-    dims = range(len(shape))
-    begins = [_contiguous_range(division, dim, part[dim])[0] for dim in dims]
-    divided = [dim for dim in dims if part[dim] != shape[dim]]
-    leading = next((dim for dim in dims if shape[dim] > 1), 0)
+    begins = [_begin_here(division, dim, size) for dim, size in enumerate(part)]
     inner = divided[-1] if divided else 0
-    if any(dim not in (leading, inner) for dim in divided):
-        _refuse_index(division, f"is sharded in dimensions {divided}")
     offset = sum(begin * math.prod(shape[dim + 1 :]) for dim, begin in enumerate(begins))
     return offset, max(math.prod(part[inner:]), 1), math.prod(shape[inner:])
 
 
-def _contiguous_range(division: _Division, dim: int, size: int) -> tuple[int, int]:
-    """[begin, end) of a DTensor's dimension that this rank holds; `size` is what it has there."""
-    mesh = division.device_mesh
-    coordinate = mesh.get_coordinate()
-    ranges = [(0, division.shape[dim])]
-    for mesh_dim, placement in enumerate(division.placements):
-        if placement.is_replicate() or placement.dim != dim or coordinate is None:
+@functools.lru_cache(maxsize=65536)
+def _numberable_dims(division: _Division) -> list[int]:
+    """The dimensions that a DTensor is divided in.
+
+    From its placements alone: all ranks refuse it or none, as one that goes on alone would wait for
+    the others in a collective.
+
+    Raises:
+        NotImplementedError: the part of some rank has not the form of `linear_index`.
+    """
+    mesh, shape = division.device_mesh, division.shape
+    divided = []
+    for dim, size in enumerate(shape):
+        cut = [
+            k
+            for k, placement in enumerate(division.placements)
+            if not placement.is_replicate() and placement.dim == dim and mesh.size(k) > 1
+        ]
+        if not cut or size < 2:
             continue
-        split = getattr(placement, "split_factor", 1)  # _StridedShard: a later dimension cut first
-        pieces = [_chunk(ranges, split, k) for k in range(split)]
-        rank, ranks = coordinate[mesh_dim], mesh.size(mesh_dim)
-        ranges = [found for piece in pieces for found in _chunk(piece, ranks, rank)]
-    ranges = [(begin, end) for begin, end in ranges if begin < end]
+        if all(_split_factor(division.placements[k]) == 1 for k in cut):
+            divided.append(dim)
+            continue
+        counts = set()
+        for coordinate in itertools.product(*(range(mesh.size(k)) for k in cut)):
+            ranges = _ranges(division, dim, dict(zip(cut, coordinate, strict=True)))
+            if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
+                _refuse_index(division, f"has the pieces {ranges} of dimension {dim} on one rank")
+            counts.add(sum(end - begin for begin, end in ranges))
+        if counts - {0, size}:
+            divided.append(dim)
+    leading = next((dim for dim, size in enumerate(shape) if size > 1), 0)
+    if any(dim not in (leading, divided[-1]) for dim in divided):
+        _refuse_index(division, f"is sharded in dimensions {divided}")
+    return divided
+
+
+def _split_factor(placement: Any) -> int:
+    """Above 1 in a _StridedShard: a later mesh dimension has cut the dimension first."""
+    return getattr(placement, "split_factor", 1)
+
+
+def _begin_here(division: _Division, dim: int, size: int) -> int:
+    """Where this rank's part of a dimension begins; `size` is what it has there."""
+    coordinate = division.device_mesh.get_coordinate() or ()
+    ranges = _ranges(division, dim, dict(enumerate(coordinate)))
     if sum(end - begin for begin, end in ranges) != size:
         _refuse_index(
             division, f"has {size} of dimension {dim} here, which its placement does not tell"
         )
-    if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
-        _refuse_index(division, f"has the pieces {ranges} of dimension {dim} here")
-    return (ranges[0][0], ranges[-1][1]) if ranges else (0, 0)
+    return ranges[0][0] if ranges else 0
+
+
+def _ranges(division: _Division, dim: int, coordinate: dict[int, int]) -> list[tuple[int, int]]:
+    """[begin, end) of a dimension's pieces on the rank with these coordinates, by mesh dimension.
+
+    A mesh dimension without one is taken as one that does not divide.
+    """
+    ranges = [(0, division.shape[dim])]
+    for mesh_dim, placement in enumerate(division.placements):
+        if placement.is_replicate() or placement.dim != dim or mesh_dim not in coordinate:
+            continue
+        split = _split_factor(placement)
+        pieces = [_chunk(ranges, split, k) for k in range(split)]
+        rank, ranks = coordinate[mesh_dim], division.device_mesh.size(mesh_dim)
+        ranges = [found for piece in pieces for found in _chunk(piece, ranks, rank)]
+    return [(begin, end) for begin, end in ranges if begin < end]
 
 
 def _chunk(ranges: Sequence[tuple[int, int]], chunks: int, k: int) -> list[tuple[int, int]]:

@@ -468,6 +468,35 @@ def an_index_does_not_depend_on_the_sharding(directory: Path) -> None:
     assert linear_index(torch.zeros(3, 4)) == (0, 12, 12)
 
 
+@scenario(4)
+def what_cannot_be_numbered_is_refused_on_all_ranks(directory: Path) -> None:
+    """Rows 0 and 2 on ranks 0 and 1; the part of the others, row 1, could be numbered.
+
+    They would wait in the sum of gradients for those that have refused.
+    """
+    mesh, placements = mesh_of(2, 2), [_StridedShard(0, split_factor=2), Replicate()]
+    full = torch.linspace(-1, 1, 3 * 140).view(3, 140)
+    rows = full[[0, 2]] if mesh.get_coordinate()[0] == 0 else full[[1]]
+    shape = {"shape": full.shape, "stride": full.stride()}
+    options = {"max_grad_norm": 1.0, "fp32_state_below": 0}
+    for dtype, kind in itertools.product((torch.float32, torch.bfloat16), ("int8", "bfloat16")):
+        p, g = (
+            DTensor.from_local(x.to(dtype), mesh, placements, run_check=False, **shape)
+            for x in (rows.clone(), torch.ones_like(rows))
+        )
+        opt = FusedMAdam([("odd", Parameter(p))], state_dtype=kind, **options)
+        opt.param_groups[0]["params"][0].grad = g
+        before = rows.to(dtype)
+        with raises(NotImplementedError, "(3, 140)", "pieces [(0, 1), (2, 3)] of dimension 0"):
+            opt.step()
+        assert not opt.state
+        assert same_bits(p.to_local(), before)
+        opt.param_groups[0]["state_dtype"] = "float32"
+        opt.step()  # which needs no numbers
+        assert not same_bits(p.to_local(), before)
+    dist.barrier()
+
+
 @scenario(2, 4)
 def stochastic_rounding_is_that_of_the_whole(directory: Path) -> None:
     for kind in kinds():
