@@ -77,6 +77,7 @@ compare: $(STAMPS)/extension
 reproduce: $(STAMPS)/extension
 	$(PY) examples/reproduction/reproduce.py $(ARGS)
 
+# what compact states cost (docs/compact_states.md); ARGS="--only pretraining" for a part of it
 compact-study: $(STAMPS)/extension
 	$(PY) bench/compact_states.py --write docs/compact_states.md $(ARGS)
 

@@ -1,20 +1,24 @@
 """What compact states cost in accuracy: writes docs/compact_states.md.
 
-    python bench/compact_states.py [--quick] [--write docs/compact_states.md]
+    python bench/compact_states.py [--quick] [--only NAMES] [--write docs/compact_states.md]
 
-Four studies in one thread: the rounding of one step, by slot; the noisy quadratic model of the
-paper's Sec. 4.2; a small character transformer; the time of a step. bitsandbytes' 8-bit AdamW
-takes part where it is installed, torchao's with --torchao (its step is compiled first). Some
-minutes on a core.
+Five studies: the rounding of one step, by slot; the noisy quadratic model of the paper's Sec. 4.2;
+a small character transformer; the time of a step; and the pretraining of examples/bert_pretraining,
+two runs side by side, which may be stopped: the same command goes on. bitsandbytes' 8-bit AdamW
+takes part where it is installed, torchao's with --torchao (its step is compiled first), not in the
+pretraining. Some minutes on a core, and a quarter of an hour or more of pretraining on two.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import importlib.util
 import math
 import platform
 import pydoc_data.topics
+import re
 import statistics
 import sys
 import time
@@ -234,43 +238,104 @@ def times(found: list[Contestant], tensors: int, rounds: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
+# --- pretraining ---------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "bert_pretraining"
+#: The best of docs/comparison.md's grid, for MAdam and for AdamW.
+PRETRAINING_LR = 2e-3
+#: By name what the example is told, and how its curves look, which lie upon each other.
+PRETRAINED = {
+    "MAdam float32": ("madam", "float32", {"color": "tab:blue"}),
+    "MAdam bfloat16": ("madam", "bfloat16", {"color": "tab:green", "ls": "--"}),
+    "MAdam int8": ("madam", "int8", {"color": "tab:red", "ls": ":"}),
+    "AdamW float32": ("adamw", "float32", {"color": "tab:gray"}),
+    "AdamW 8-bit (bitsandbytes)": ("adamw", "int8", {"color": "tab:orange", "ls": "--"}),
+}
+
+
+def pretraining(
+    compare: Any, comparison: Any, out: Path, quick: bool, overwrite: bool, images: Path
+) -> str:
+    """The section of the pretraining study; its figure goes into `images`.
+
+    Args:
+        compare: the example's module, which makes runs and keeps what they end with in `out`.
+        comparison: the example's module that has figures of runs.
+        out: the study's folder.
+        quick: six steps a run.
+        overwrite: whether to delete the study that is in `out`.
+        images: where the figure is written.
+    """
+    chosen = dict(PRETRAINED)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        _say("bitsandbytes does not take part: it is not installed")
+        chosen = {name: of for name, of in chosen.items() if "bitsandbytes" not in name}
+    lrs = {optimizer: (PRETRAINING_LR,) for optimizer, _, _ in chosen.values()}
+    study = dataclasses.replace(compare.STUDIES["cpu"], lrs=lrs, seeds=SEEDS, extensions=0)
+    if quick:
+        study = compare.quick(study)
+    compare.end_as_by_ctrl_c()
+    with compare.opened(out, study, overwrite) as (record, lock):
+        driver = compare.Driver(study, out, lock)
+        driver.prepare()
+        jobs = [  # seed by seed, so that a stopped study is a fair one as well
+            compare.Job(optimizer, PRETRAINING_LR, seed, state_dtype)
+            for seed in study.seeds
+            for optimizer, state_dtype, _ in chosen.values()
+        ]
+        found = driver.results(jobs)
+    runs = {name: found[k :: len(chosen)] for k, name in enumerate(chosen)}
+    images.mkdir(parents=True, exist_ok=True)
+    _plot_pretraining(comparison, runs, images / "compact_states.png")
+    first = next(iter(runs))
+    rows = [
+        (
+            name + " (diverged)" * any(r.diverged for r in of),
+            comparison.mean_and_spread([r.final_train for r in of]),
+            comparison.mean_and_spread([r.final_held_out for r in of]),
+            "–" if name == first else comparison.difference(of, runs[first]),
+            f"{comparison.optimizer_ms(of):.2f}",
+        )
+        for name, of in runs.items()
+    ]
+    head = ("optimizer", "training MLM", "held-out MLM", f"minus {first}, seed by seed",
+            "optimizer, ms a step")  # fmt: skip
+    a_run, minutes = found[0], record["seconds"] / 60
+    return f"""## Pretraining
+
+The small BERT of [comparison.md](comparison.md), with its data and settings, at the lr that is the
+best there for AdamW and for MAdam, {PRETRAINING_LR:g}: {len(a_run.train_mlm)} steps,
+{a_run.parameters:,} parameters, {len(study.seeds)} seeds. Losses are nats per masked token at the
+end, in training the mean of the last tenth of the steps; differences have their standard error.
+{len(found)} runs, two side by side, took {minutes:.0f} minutes on {record["machine"]}.
+
+{table(head, rows)}
+
+![losses](images/compact_states.png)
+"""
+
+
+def _plot_pretraining(comparison: Any, runs: dict[str, list[Any]], path: Path) -> None:
+    """Losses with bands of one standard deviation over seeds."""
+    figure, axes = comparison.plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for name, of in runs.items():
+        if sound := [r for r in of if r.diverged_at is None]:
+            comparison.plot_losses(*axes, sound, name, PRETRAINED[name][2])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    comparison.plt.close(figure)
+
+
 # --- the document --------------------------------------------------------------------------------
 
-TEXT = """# Accuracy and memory of compact states
+HEAD = """# Accuracy and memory of compact states
 
 Written by `python bench/compact_states.py{arguments}` in one thread on {machine}, torch {torch};
 {seeds} seeds, spread is the standard deviation over them. Codes and rule:
 [algorithm.md](algorithm.md#compact-states).
 
-## The rounding of one step
-
-Error of each slot after one stochastic rounding, root mean square relative to that of the values,
-in a 256 x 1024 parameter after 300 gradients whose scales spread over two decades; `update` is
-m / sqrt(mean^2 + sd^2).
-
-{rounding}
-
-## Noisy quadratic model
-
-The paper's Sec. 4.2, h = (1, 20), sigma = 0.2, {steps} steps, {trials} trials: mean loss at the
-best of the learning rates {lrs}, the same for all.
-
-{quadratic}
-
-## A character transformer
-
-Two layers of width 128 over Python's reference manual, {net_steps} steps of 16 x 64 characters,
-warm-up and cosine, weight decay 0.01; ours at lr 3e-3, AdamW and the peers at its usual 1e-3.
-Training loss, mean of the last tenth; bytes of state per parameter (vectors stay float32).
-
-{transformer}
-
-## Time of a step
-
-{tensors} float32 parameters of 768 x 768, one thread: median over {rounds} rounds of the step's
-time by that of torch's fused AdamW in the same round.
-
-{times}
 """
 
 
@@ -285,52 +350,144 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs")
-    parser.add_argument("--torchao", action="store_true", help="torchao's AdamW, too")
-    parser.add_argument("--write", type=Path, help="the document; printed without")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    steps, trials, net_steps = (20, 2048, 4) if args.quick else (600, 2048, 200)
-    lrs = (0.01,) if args.quick else (0.003, 0.005, 0.01, 0.02)
-    tensors, rounds = (2, 3) if args.quick else (40, 9)
-    rounding = [(kind, *(f"{e:.2%}" for e in errors)) for kind, errors in rounding_errors()]
-    of_quadratic, of_transformer = [], []
-    found = contestants(args.torchao)
-    for contestant in found:
+def _say(*words: str) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def of_rounding(options: argparse.Namespace) -> str:
+    rows = [(kind, *(f"{e:.2%}" for e in errors)) for kind, errors in rounding_errors()]
+    return f"""## The rounding of one step
+
+Error of each slot after one stochastic rounding, root mean square relative to that of the values,
+in a 256 x 1024 parameter after 300 gradients whose scales spread over two decades; `update` is
+m / sqrt(mean^2 + sd^2).
+
+{table(("states", "r", "mean", "sd", "x", "update"), rows)}
+"""
+
+
+def of_quadratic(options: argparse.Namespace) -> str:
+    steps, trials = (20, 2048) if options.quick else (600, 2048)
+    lrs = (0.01,) if options.quick else (0.003, 0.005, 0.01, 0.02)
+    rows = []
+    for contestant in contestants(options.torchao):
         losses = {
             lr: [quadratic(contestant, lr, seed, steps, trials) for seed in SEEDS] for lr in lrs
         }
         best = min(losses, key=lambda lr: sum(losses[lr]))
-        of_quadratic.append((contestant.name, f"{best:g}", spread(losses[best])))
-        runs = [transformer(contestant, seed, net_steps) for seed in SEEDS]
-        of_transformer.append(
-            (contestant.name, spread([loss for loss, _ in runs]), f"{runs[0][1]:.2f}")
+        rows.append((contestant.name, f"{best:g}", spread(losses[best])))
+        _say(*rows[-1])
+    return f"""## Noisy quadratic model
+
+The paper's Sec. 4.2, h = (1, 20), sigma = 0.2, {steps} steps, {trials} trials: mean loss at the
+best of the learning rates {", ".join(f"{lr:g}" for lr in lrs)}, the same for all.
+
+{table(("optimizer", "best lr", "loss"), rows)}
+"""
+
+
+def of_transformer(options: argparse.Namespace) -> str:
+    steps = 4 if options.quick else 200
+    rows = []
+    for contestant in contestants(options.torchao):
+        runs = [transformer(contestant, seed, steps) for seed in SEEDS]
+        rows.append((contestant.name, spread([loss for loss, _ in runs]), f"{runs[0][1]:.2f}"))
+        _say(*rows[-1])
+    return f"""## A character transformer
+
+Two layers of width 128 over Python's reference manual, {steps} steps of 16 x 64 characters,
+warm-up and cosine, weight decay 0.01; ours at lr 3e-3, AdamW and the peers at its usual 1e-3.
+Training loss, mean of the last tenth; bytes of state per parameter (vectors stay float32).
+
+{table(("optimizer", "loss", "bytes per parameter"), rows)}
+"""
+
+
+def of_pretraining(options: argparse.Namespace) -> str:
+    out = options.out or Path("runs") / f"compact-states{'-quick' * options.quick}"
+    images = options.write.parent / "images" if options.write else out
+    compare, comparison = map(importlib.import_module, ("compare", "comparison"))
+    return pretraining(compare, comparison, out, options.quick, options.overwrite, images)
+
+
+def of_times(options: argparse.Namespace) -> str:
+    tensors, rounds = (2, 3) if options.quick else (40, 9)
+    found = times(contestants(options.torchao), tensors, rounds)
+    rows = [(name, f"{ratio:.2f}") for name, ratio in found.items()]
+    return f"""## Time of a step
+
+{tensors} float32 parameters of 768 x 768, one thread: median over {rounds} rounds of the step's
+time by that of torch's fused AdamW in the same round.
+
+{table(("optimizer", "time by AdamW's"), rows)}
+"""
+
+
+#: By the names that --only takes, in the order of the document.
+STUDIES: dict[str, Callable[[argparse.Namespace], str]] = {
+    "rounding": of_rounding,
+    "quadratic": of_quadratic,
+    "transformer": of_transformer,
+    "times": of_times,
+    "pretraining": of_pretraining,
+}
+
+
+def _sections(text: str) -> tuple[str, dict[str, str]]:
+    """What a document has before its sections, and these by their headings."""
+    head, *sections = re.split(r"(?m)^(?=## )", text)
+    return head, {section.splitlines()[0]: section.rstrip() + "\n" for section in sections}
+
+
+def merged(old: str, new: str) -> str:
+    """The document with a new section in the place of the one with its heading, or at its end."""
+    head, sections = _sections(old)
+    sections |= _sections(new)[1]
+    return head + "\n".join(sections.values())
+
+
+def _names(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := set(chosen) - set(STUDIES):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))}: not known; there are {', '.join(STUDIES)}"
         )
-        print(*of_quadratic[-1], *of_transformer[-1][1:], file=sys.stderr, flush=True)
-    of_times = [(name, f"{ratio:.2f}") for name, ratio in times(found, tensors, rounds).items()]
-    text = TEXT.format(
-        arguments=" --quick" if args.quick else "",
+    return chosen
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    text = HEAD.format(
+        arguments=" --quick" if options.quick else "",
         machine=f"a {platform.machine()} CPU",
         torch=torch.__version__,
         seeds=len(SEEDS),
-        rounding=table(("states", "r", "mean", "sd", "x", "update"), rounding),
-        steps=steps,
-        trials=trials,
-        lrs=", ".join(f"{lr:g}" for lr in lrs),
-        quadratic=table(("optimizer", "best lr", "loss"), of_quadratic),
-        net_steps=net_steps,
-        transformer=table(("optimizer", "loss", "bytes per parameter"), of_transformer),
-        tensors=tensors,
-        rounds=rounds,
-        times=table(("optimizer", "time by AdamW's"), of_times),
     )
-    if args.write is None:
+    if options.write and options.write.exists():
+        head, sections = _sections(options.write.read_text())
+        text = (head if options.only else text) + "\n".join(sections.values())
+    for name in options.only or STUDIES:
+        text = merged(text, STUDIES[name](options))
+        if options.write:  # what has been found stays, whatever comes next
+            options.write.write_text(text)
+    if not options.write:
         print(text)
-    else:
-        args.write.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="minutes, to see that it runs")
+    add("--only", type=_names, metavar="NAMES", help=f"of {', '.join(STUDIES)}; the rest stays")
+    add("--torchao", action="store_true", help="torchao's AdamW, too")
+    add("--write", type=Path, help="the document, with figures beside it; printed without")
+    add("--out", type=Path, help="the pretraining's folder; default runs/compact-states")
+    add("--overwrite", action="store_true", help="delete the pretraining that is in its folder")
+    options = parser.parse_args()
+    sys.path.insert(0, str(EXAMPLE))
+    errors = importlib.import_module("errors")
+    return int(errors.exit_status(lambda: run(options), "interrupted; the pretraining goes on"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

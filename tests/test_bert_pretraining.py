@@ -154,8 +154,8 @@ def test_refusals(
         capsys, arguments(corpus_file, fresh, "--sequence-length", "513")
     )
     assert "--vocab-size" in error_of(capsys, arguments(corpus_file, fresh, "--vocab-size", "9"))
-    int8 = arguments(corpus_file, fresh, "--optimizer", "adamw", "--state-dtype", "int8")
-    assert "--state-dtype: adamw" in error_of(capsys, int8)
+    half = arguments(corpus_file, fresh, "--optimizer", "adamw", "--state-dtype", "bfloat16")
+    assert "--state-dtype: adamw" in error_of(capsys, half)
     assert not fresh.exists()
 
 
@@ -513,6 +513,25 @@ def test_maxva_optimizers_get_their_arguments(name: str) -> None:
     before = model.cls.seq_relationship.bias.detach().clone()
     step()
     assert (model.cls.seq_relationship.bias < before).all()
+
+
+def test_adamws_8_bit_states_are_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    settings = {"optimizer": "adamw", "betas": [0.9, 0.99], "max_grad_norm": 0.5}
+    groups = example.model.decay_groups(tiny_model(), 0.1)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(example.errors.UserError, match="pip install bitsandbytes"):
+        example.optimizers.build_optimizer(groups, {**settings, "state_dtype": "int8"}, 1e-3)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(AdamW8bit=AdamW8bit))
+    for state_dtype, cls in (("int8", AdamW8bit), ("float32", torch.optim.AdamW)):
+        optimizer, _ = example.optimizers.build_optimizer(
+            groups, {**settings, "state_dtype": state_dtype}, 1e-3
+        )
+        assert type(optimizer) is cls
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
 
 
 def test_runs_without_a_folder_get_their_own(

@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,13 @@ class Job:
     optimizer: str
     lr: float
     seed: int
+    state_dtype: str = "float32"
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.optimizer}-{self.lr:.4g}-{self.seed}"
+        kind = "" if self.state_dtype == "float32" else f"-{self.state_dtype}"
+        return f"{self.optimizer}{kind}-{self.lr:.4g}-{self.seed}"
 
 
 class Driver:
@@ -172,6 +175,7 @@ class Driver:
         folder = self.out / RUNS / job.name
         options = [*self.study.pretrain.split(), "--shards", str(self.out / SHARDS)]
         options += ["--optimizer", job.optimizer, "--lr", str(job.lr), "--seed", str(job.seed)]
+        options += ["--state-dtype", job.state_dtype]
         stopped = folder.is_dir() and checkpoint.checkpoints(folder)
         options += ["--out", str(folder), "--resume" if stopped else "--overwrite"]
         self._call("pretrain.py", options, self.out / RUNS / f"{job.name}.log")
@@ -290,6 +294,28 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
     files.write_atomically(out / STUDY, json.dumps(record, indent=1).encode())
 
 
+@contextmanager
+def opened(out: Path, study: Study, overwrite: bool) -> Iterator[tuple[dict[str, Any], int]]:
+    """Keeps a study's folder for the block: its record, which gets the time, and its lock."""
+    _refuse_foreign(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with files.locked(out) as lock:
+        record = _open(out, study, overwrite)
+        started = time.perf_counter()
+        try:
+            yield record, lock
+        finally:
+            record["seconds"] += time.perf_counter() - started
+            _write_record(out, record)
+
+
+def end_as_by_ctrl_c() -> None:
+    """Makes other signals that ask the process to end what Ctrl-C is, unless they are ignored."""
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ends) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(ends, signal.default_int_handler)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compares AdamW, LAMB, MAdam and LaMAdam at pretraining a small BERT.",
@@ -319,28 +345,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.quick:
         study = quick(study)
     out: Path = options.out or Path("runs") / f"compare-{options.config}{'-quick' * options.quick}"
-    _refuse_foreign(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with files.locked(out) as lock:
-        record = _open(out, study, options.overwrite)
+    with opened(out, study, options.overwrite) as (record, lock):
         if options.at_once:
             study = replace(study, at_once=options.at_once)
-        started = time.perf_counter()
-        try:
-            results = run_study(Driver(study, out, lock))
-        finally:
-            record["seconds"] += time.perf_counter() - started
-            _write_record(out, record)
-        print(comparison.report(results, record, out, options.docs))
+        results = run_study(Driver(study, out, lock))
+    print(comparison.report(results, record, out, options.docs))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    for ends in (signal.SIGTERM, signal.SIGHUP):
-        # Unless it is ignored, as nohup has it.
-        if signal.getsignal(ends) != signal.SIG_IGN:
-            signal.signal(ends, signal.default_int_handler)
+    end_as_by_ctrl_c()
     return exit_status(lambda: _run(options), "interrupted; the same command goes on")
 
 

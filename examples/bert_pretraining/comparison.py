@@ -113,9 +113,26 @@ def best_lr(results: Sequence[Result], optimizer: str) -> float | None:
     return min(sound, key=lambda r: r.final_held_out).lr if sound else None
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
+    """With the standard deviation, where there are several."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def difference(runs: Sequence[Result], others: Sequence[Result]) -> str:
+    """Held-out loss less that of the other with the same seed: mean and standard error."""
+    other = {r.seed: r.final_held_out for r in others}
+    pairs = [r.final_held_out - other[r.seed] for r in runs if r.seed in other]
+    if not pairs:
+        return "–"
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+    return f"{statistics.fmean(pairs):+.3f} ± {error:.3f}"
+
+
+def optimizer_ms(runs: Sequence[Result]) -> float:
+    """Milliseconds of the optimizer in a step."""
+    steps = sum(len(r.train_mlm) for r in runs)
+    return 1e3 * sum(r.optimizer_seconds for r in runs) / steps
 
 
 class Comparison:
@@ -156,28 +173,17 @@ class Comparison:
         runs = self.best[name]
         if not runs:
             return (NAMES[name], tried, "none", *["–"] * 5)
-        seconds = sum(r.seconds for r in runs)
-        own = sum(r.optimizer_seconds for r in runs)
-        steps = sum(len(r.train_mlm) for r in runs)
+        share = sum(r.optimizer_seconds for r in runs) / sum(r.seconds for r in runs)
         return (
             NAMES[name],
             tried,
             f"{runs[0].lr:g}",
-            _mean_and_spread([r.final_train for r in runs]),
-            _mean_and_spread([r.final_held_out for r in runs]),
-            self._difference(name),
-            f"{1e3 * own / steps:.2f}",
-            f"{own / seconds:.2%}",
+            mean_and_spread([r.final_train for r in runs]),
+            mean_and_spread([r.final_held_out for r in runs]),
+            "–" if name == "adamw" else difference(runs, self.best.get("adamw", [])),
+            f"{optimizer_ms(runs):.2f}",
+            f"{share:.2%}",
         )
-
-    def _difference(self, name: str) -> str:
-        """Held-out loss less AdamW's with the same seed: mean and standard error."""
-        other = {r.seed: r.final_held_out for r in self.best.get("adamw", [])}
-        pairs = [r.final_held_out - other[r.seed] for r in self.best[name] if r.seed in other]
-        if name == "adamw" or not pairs:
-            return "–"
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
-        return f"{statistics.fmean(pairs):+.3f} ± {error:.3f}"
 
     def plot(self, path: Path) -> None:
         """Draws losses with bands of one standard deviation, the grids, telemetry and times."""
@@ -188,15 +194,8 @@ class Comparison:
             label = f"{NAMES[name]}, lr {runs[0].lr:g}" if runs else NAMES[name]
             sound = [r for r in runs if r.diverged_at is None]
             if sound:
+                plot_losses(train, held_out, sound, label, style)
                 steps = np.arange(1, len(sound[0].train_mlm) + 1)
-                _band(train, steps, [_smoothed(r.train_mlm) for r in sound], label, style)
-                _band(
-                    held_out,
-                    [step for step, _ in sound[0].held_out],
-                    [[mlm for _, mlm in r.held_out] for r in sound],
-                    label,
-                    {**style, "marker": "o", "ms": 3},
-                )
                 if sound[0].mean_beta:
                     _band(beta, steps, [r.mean_beta for r in sound], NAMES[name], style)
                 if sound[0].step_size:
@@ -211,8 +210,6 @@ class Comparison:
         ]
         share.bar([NAMES[n] for n in names], shares, color=[_COLORS[n] for n in names])
         share.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        train.set(title="training MLM loss (running mean)", xlabel="step", ylabel="nats")
-        held_out.set(title="held-out MLM loss", xlabel="step", ylabel="nats")
         grid.set(title="final held-out MLM loss, first seed", xlabel="peak lr", xscale="log")
         beta.set(title="mean beta_t, weights", xlabel="step")
         size.set(title="mean |eta update|, weights", xlabel="step", yscale="log")
@@ -240,6 +237,23 @@ class Comparison:
         if self.best[name]:
             best = self.best[name][0]
             axis.plot(best.lr, best.final_held_out, "o", color=color, ms=12, mfc="none")
+
+
+def plot_losses(
+    train: Any, held_out: Any, runs: Sequence[Result], label: str, style: dict[str, Any]
+) -> None:
+    """Draws running means of training losses and held-out losses over two axes, with bands."""
+    steps = np.arange(1, len(runs[0].train_mlm) + 1)
+    _band(train, steps, [_smoothed(r.train_mlm) for r in runs], label, style)
+    _band(
+        held_out,
+        [step for step, _ in runs[0].held_out],
+        [[mlm for _, mlm in r.held_out] for r in runs],
+        label,
+        {**style, "marker": "o", "ms": 3},
+    )
+    train.set(title="training MLM loss (running mean)", xlabel="step", ylabel="nats")
+    held_out.set(title="held-out MLM loss", xlabel="step", ylabel="nats")
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:

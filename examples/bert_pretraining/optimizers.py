@@ -24,6 +24,12 @@ def _lamadam() -> type[torch.optim.Optimizer]:
     return FusedLaMAdam
 
 
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
 @dataclass(frozen=True)
 class Choice:
     """An optimizer class, its default lr here, and how it is called.
@@ -33,12 +39,14 @@ class Choice:
         lr: Default peak on the default corpus.
         arguments: Given to it, from all settings.
         clips: Whether it clips gradients itself.
+        install: How to get what it is imported from.
     """
 
     load: Callable[[], type[torch.optim.Optimizer]]
     lr: float
     arguments: Callable[[dict[str, Any]], dict[str, Any]]
     clips: bool = True
+    install: str = "pip install --no-build-isolation ."
 
 
 def _maxva(settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +74,12 @@ OPTIMIZERS = {
     "lamb": Choice(_madam, 1e-2, _lamb),
     "adamw": Choice(lambda: torch.optim.AdamW, 5e-3, lambda _: {"fused": True}, clips=False),
 }
+#: The same optimizers from elsewhere, by how they keep their states.
+OTHERS = {
+    ("adamw", "int8"): Choice(
+        _adamw8bit, 5e-3, lambda _: {}, clips=False, install="pip install bitsandbytes"
+    ),
+}
 
 
 def build_optimizer(
@@ -82,7 +96,8 @@ def build_optimizer(
     Raises:
         UserError: The optimizer cannot be imported or refuses its arguments.
     """
-    choice = OPTIMIZERS[settings["optimizer"]]
+    name = settings["optimizer"]
+    choice = OTHERS.get((name, settings["state_dtype"]), OPTIMIZERS[name])
     arguments = {"lr": lr, "betas": tuple(settings["betas"]), **choice.arguments(settings)}
     if settings.get("eps") is not None:
         arguments["eps"] = settings["eps"]
@@ -90,12 +105,11 @@ def build_optimizer(
         optimizer = choice.load()(groups, **arguments)
     except ImportError as error:
         raise UserError(
-            f"--optimizer: {settings['optimizer']} needs the maxva_kernels package, which cannot "
-            f"be imported ({error}); install it from the repository root with "
-            "`pip install --no-build-isolation .`."
+            f"--optimizer: {name} needs a package that cannot be imported ({error}); install it "
+            f"from the repository root with `{choice.install}`."
         ) from error
     except ValueError as error:
-        raise UserError(f"--optimizer: {settings['optimizer']} refused: {error}") from error
+        raise UserError(f"--optimizer: {name} refused: {error}") from error
     parameters = [p for group in groups for p in group["params"]]
 
     def clip_and_step() -> None:
