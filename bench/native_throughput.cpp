@@ -127,24 +127,23 @@ double fastest_nanoseconds(int64_t elements, const F& work) {
 
 void measure_in_cache() {
   constexpr int64_t n = 4096;
-  const auto random_list = [&](float scale) {
-    std::vector<float> list(n);
-    std::mt19937 generator(1);
-    std::normal_distribution<float> normal(0, scale);
-    for (float& x : list) x = normal(generator);
-    return list;
-  };
-  std::vector<float> theta = random_list(1), g = random_list(0.01f);
-  std::vector<float> m(n), u(n), v(n), w(n);
-  std::vector<uint64_t> packed(n);
-  std::vector<uint32_t> scale(n / kStateBlock);
+  constexpr int64_t distance = n + 144;  // Note [Streams apart] in maxva_kernels/streams.py
+  struct alignas(64) {
+    float list[6][distance] = {};  // theta g m u v w
+    uint64_t packed[n];
+    uint32_t scale[n / kStateBlock];
+  } static at;
+  auto& [theta, g, m, u, v, w] = at.list;
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < n; ++i) theta[i] = normal(generator), g[i] = 0.01f * normal(generator);
   double statistics[kStatistics];
   const CpuKernels& kernels = cpu_kernels();
 
   const auto float32 = [&](bool collect) {
     const Scalars<float> scalars = make_scalars<float>(hyper(), 1e-3, 10, 1, 1);
-    ChunkView view{theta.data(), DType::kFloat32, nullptr,  g.data(), DType::kFloat32, nullptr,
-                   m.data(),     u.data(),        v.data(), w.data(), nullptr,         n};
+    ChunkView view{theta, DType::kFloat32, nullptr, g, DType::kFloat32, nullptr, m, u, v,
+                   w,     nullptr,         n};
     if (collect) view.statistics = statistics;
     return fastest_nanoseconds(n,
                                [&] { kernels.update_float[0][0](view, scalars, Phase::kWhole); });
@@ -152,16 +151,16 @@ void measure_in_cache() {
   const auto compact = [&](Packing packing) {
     const Scalars<float> scalars = make_scalars<float>(hyper(), 1e-3, 10, 1, 1, true);
     const RandomBits random = make_random_bits({0, 0, 0, n, n, 0}, n, 10);
-    std::fill(packed.begin(), packed.end(), 0);
-    std::fill(scale.begin(), scale.end(), 0);
-    const PackedView view{theta.data(),
+    std::fill(std::begin(at.packed), std::end(at.packed), 0);
+    std::fill(std::begin(at.scale), std::end(at.scale), 0);
+    const PackedView view{theta,
                           DType::kFloat32,
                           nullptr,
-                          g.data(),
+                          g,
                           DType::kFloat32,
                           nullptr,
-                          packed.data(),
-                          packing == Packing::kInt8 ? scale.data() : nullptr,
+                          at.packed,
+                          packing == Packing::kInt8 ? at.scale : nullptr,
                           nullptr,
                           n,
                           0,

@@ -218,6 +218,41 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
     }
   }
 }
+
+// As above, with twice the lanes, and both of a round's exclusive ors in one instruction.
+__attribute__((target("avx512f"))) inline void random_calls_avx512(const RandomBits& random,
+                                                                   int64_t first, int64_t calls,
+                                                                   uint32_t* __restrict words) {
+  static_assert(kCallsAtOnce == 8);
+  constexpr int kXorOfThree = 0x96;
+  const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
+  const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
+  const __m512i first_half = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second_half = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
+    __m512i x0 =
+        _mm512_add_epi64(_mm512_set1_epi64(first + k), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    __m512i x1 = _mm512_srli_epi64(x0, 32);
+    __m512i x2 = _mm512_set1_epi64(random.parameter), x3 = _mm512_set1_epi64(random.t);
+    uint32_t key0 = random.key0, key1 = random.key1;
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m512i a = _mm512_mul_epu32(x0, multiplier0);
+      const __m512i b = _mm512_mul_epu32(x2, multiplier1);
+      x0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), x1, _mm512_set1_epi64(key0),
+                                     kXorOfThree);
+      x2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), x3, _mm512_set1_epi64(key1),
+                                     kXorOfThree);
+      x1 = b;
+      x3 = a;
+      key0 += kPhiloxKeyStep0;
+      key1 += kPhiloxKeyStep1;
+    }
+    const __m512i x01 = _mm512_mask_blend_epi32(0xAAAA, x0, _mm512_slli_epi64(x1, 32));
+    const __m512i x23 = _mm512_mask_blend_epi32(0xAAAA, x2, _mm512_slli_epi64(x3, 32));
+    _mm512_storeu_si512(words + 4 * k, _mm512_permutex2var_epi64(x01, first_half, x23));
+    _mm512_storeu_si512(words + 4 * k + 16, _mm512_permutex2var_epi64(x01, second_half, x23));
+  }
+}
 #endif
 
 // Random words of elements [i, i + n) of a tensor, at most a block; `words` has kBlockWords.
@@ -295,7 +330,7 @@ MAXVA_OPS(baseline, , SeparateMultiplyAdd, maxva::random_calls)
   __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")))
 #endif
 MAXVA_OPS(avx2, MAXVA_AVX2, FusedMultiplyAdd, random_calls_avx2)
-MAXVA_OPS(avx512, MAXVA_AVX512, FusedMultiplyAdd, random_calls_avx2)
+MAXVA_OPS(avx512, MAXVA_AVX512, FusedMultiplyAdd, random_calls_avx512)
 #endif
 #undef MAXVA_OPS
 

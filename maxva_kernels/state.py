@@ -41,6 +41,7 @@ from maxva_kernels.sharding import (
     local,
     zeros_per_block,
 )
+from maxva_kernels.streams import empty_apart, moved_apart
 
 #: Keys of a parameter's float32 state that every step needs, beside its counter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "maxva_avg", "maxva_weight")
@@ -48,6 +49,12 @@ MAXIMUM = "max_exp_avg_sq"
 #: Keys of a compact state.
 PACKED, SCALE, PACKED_MAXIMUM = "maxva_packed", "maxva_scale", "maxva_packed_max"
 COMPACT = (PACKED, SCALE, PACKED_MAXIMUM)
+#: See Note [Streams apart] in streams.py. Words of PACKED take up to twice the room.
+_STREAMS = {
+    **{key: number for number, key in enumerate((*MOMENTS, MAXIMUM, "master_param"), 1)},
+    PACKED: 1,
+    PACKED_MAXIMUM: 3,
+}
 
 #: The default of the group key: parameters of fewer elements keep float32 states.
 FP32_STATE_BELOW = 4096
@@ -197,16 +204,16 @@ def completed(
     if compact is None:
         for key in (*MOMENTS, *((MAXIMUM,) if amsgrad else ())):
             if key not in new:
-                new[key] = _zeros(p, state_dtype(p))
+                new[key] = _zeros(p, key, state_dtype(p))
     else:
         if PACKED not in new:
-            new[PACKED] = _zeros(p, compact)
+            new[PACKED] = _zeros(p, PACKED, compact)
         if compact == torch.int32 and SCALE not in new:
             new[SCALE] = zeros_per_block(p)
         if not amsgrad:
             new.pop(PACKED_MAXIMUM, None)  # steps without it do not keep its scales
         elif PACKED_MAXIMUM not in new:
-            new[PACKED_MAXIMUM] = _zeros(p, MAXIMUM_DTYPE[compact])
+            new[PACKED_MAXIMUM] = _zeros(p, PACKED_MAXIMUM, MAXIMUM_DTYPE[compact])
     if "step" not in new:
         new["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
     if has_master and "master_param" not in new:
@@ -214,8 +221,8 @@ def completed(
     return new
 
 
-def _zeros(p: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+def _zeros(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
+    return empty_apart(p, p, _STREAMS[key], dtype).zero_()
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -238,27 +245,24 @@ def in_form(
     moments = _moments(state, algorithm)
     new = {key: state[key] for key in state if key not in (*MOMENTS, MAXIMUM, *COMPACT)}
 
-    def fill(key: str, tensor: Tensor, value: Tensor) -> None:
-        local(tensor).copy_(value)
-        new[key] = tensor
+    def fill(key: str, value: Tensor, dtype: torch.dtype) -> None:
+        new[key] = zeros_per_block(p) if key == SCALE else _zeros(p, key, dtype)
+        local(new[key]).copy_(value)
 
     if compact is None:
         mean, w = moments.mean.double(), moments.w.double()
         dtype = state_dtype(p)
-        fill("exp_avg", _zeros(p, dtype), moments.m)
-        fill("exp_avg_sq", _zeros(p, dtype), (mean.square() + moments.sd.double().square()) * w)
-        fill("maxva_avg", _zeros(p, dtype), mean * w)
-        fill("maxva_weight", _zeros(p, dtype), moments.w)
+        fill("exp_avg", moments.m, dtype)
+        fill("exp_avg_sq", (mean.square() + moments.sd.double().square()) * w, dtype)
+        fill("maxva_avg", mean * w, dtype)
+        fill("maxva_weight", moments.w, dtype)
         if moments.root is not None:
-            fill(MAXIMUM, _zeros(p, dtype), moments.root.double().square())
+            fill(MAXIMUM, moments.root.double().square(), dtype)
         return new
-    packed = _zeros(p, compact)
-    coded = pack(moments, algorithm, local(packed), None)
-    fill(PACKED, packed, coded.packed)
-    if coded.scale is not None:
-        fill(SCALE, zeros_per_block(p), coded.scale)
-    if coded.maximum is not None:
-        fill(PACKED_MAXIMUM, _zeros(p, coded.maximum.dtype), coded.maximum)
+    coded = pack(moments, algorithm, torch.empty_like(local(p), dtype=compact), None)
+    for key, value in zip(COMPACT, coded, strict=True):
+        if value is not None:
+            fill(key, value, value.dtype)
     return new
 
 
@@ -420,12 +424,13 @@ def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
     """Puts a loaded state on p's device and in the precision that it has there."""
     if key == "step":
         return value.to(dtype=torch.float32, device=p.device).reshape(())
-    if key in COMPACT:
-        value = value.to(device=p.device)
-        return value.contiguous() if key == SCALE else value
-    return value.to(dtype=state_dtype(p), device=p.device)
+    if key == SCALE:
+        return value.to(device=p.device).contiguous()
+    dtype = value.dtype if key in COMPACT else state_dtype(p)
+    value = value.to(dtype=dtype, device=p.device)
+    return moved_apart(value, p, _STREAMS[key]) if key in _STREAMS else value
 
 
 def new_master(p: Tensor) -> Tensor:
     """The float32 copy of a low-precision parameter, in its layout."""
-    return p.detach().to(torch.float32, memory_format=torch.preserve_format)
+    return empty_apart(p, p, _STREAMS["master_param"], torch.float32).copy_(p.detach())
