@@ -33,10 +33,10 @@ def empty_apart(like: Tensor, p: Tensor, stream: int, dtype: torch.dtype) -> Ten
         return torch.empty_like(like, dtype=dtype)
     size = like.numel() * dtype.itemsize
     strides = torch.empty_like(like, dtype=dtype, device="meta").stride()
-    room = torch.empty(size + _PAGE, dtype=torch.uint8)
+    room = torch.empty(size + _PAGE, dtype=torch.uint8, device=like.device)
     skipped = (_place(p, stream) - room.data_ptr()) % _PAGE // 64 * 64
     # no view: a state has no base
-    return torch.empty(0, dtype=dtype).set_(
+    return torch.empty(0, dtype=dtype, device=like.device).set_(
         room.untyped_storage(), skipped // dtype.itemsize, like.shape, strides
     )
 

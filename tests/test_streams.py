@@ -88,6 +88,15 @@ def test_layout_is_the_parameters(memory_format):
         assert value.stride() == p.stride()
 
 
+def test_states_lie_on_their_parameters_device_whatever_the_default_is():
+    p = torch.randn(SHAPE).requires_grad_()
+    p.grad = torch.randn_like(p)
+    optimizer = FusedMAdam([p])
+    with torch.device("meta"):
+        optimizer.step()
+    assert {value.device for value in optimizer.state[p].values()} == {p.device}
+
+
 def test_small_states_are_tensors_as_any():
     p, optimizer = stepped(shape=(256, 256))
     for key, value in lists(p, optimizer).items():
