@@ -16,8 +16,9 @@ from torch import Tensor
 
 _PAGE = 4096
 _DISTANCE = 512 + 64
-#: Bytes; below, lists stay in the second-level cache anyway.
-_LARGE = 1 << 20
+#: Elements, so that all lists of a parameter count or none, whatever their dtypes are; below, they
+#: stay in the second-level cache anyway.
+_LARGE = 1 << 18
 
 
 def empty_apart(like: Tensor, p: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
@@ -29,7 +30,7 @@ def empty_apart(like: Tensor, p: Tensor, stream: int, dtype: torch.dtype) -> Ten
         stream: 1 to 6; 0 is the usual place of the parameter and of its gradient.
         dtype: of the new tensor.
     """
-    if not _matters(like, p, dtype):
+    if not _matters(like, p):
         return torch.empty_like(like, dtype=dtype)
     size = like.numel() * dtype.itemsize
     strides = torch.empty_like(like, dtype=dtype, device="meta").stride()
@@ -43,7 +44,7 @@ def empty_apart(like: Tensor, p: Tensor, stream: int, dtype: torch.dtype) -> Ten
 
 def moved_apart(value: Tensor, p: Tensor, stream: int) -> Tensor:
     """`value` where empty_apart would place it: itself, or a copy if it is large and elsewhere."""
-    if not _matters(value, p, value.dtype) or _place(value, 0) // 64 == _place(p, stream) // 64:
+    if not _matters(value, p) or _place(value, 0) // 64 == _place(p, stream) // 64:
         return value
     return empty_apart(value, p, stream, value.dtype).copy_(value)
 
@@ -53,8 +54,8 @@ def _place(tensor: Tensor, stream: int) -> int:
     return (tensor.data_ptr() + stream * _DISTANCE) % _PAGE
 
 
-def _matters(like: Tensor, p: Tensor, dtype: torch.dtype) -> bool:
+def _matters(like: Tensor, p: Tensor) -> bool:
     # no DTensor, no fake tensor
     plain = type(like.detach()) is Tensor and type(p.detach()) is Tensor
     on_cpu = like.device.type == "cpu" and p.device.type == "cpu"
-    return plain and on_cpu and like.numel() * dtype.itemsize >= _LARGE
+    return plain and on_cpu and like.numel() >= _LARGE

@@ -53,6 +53,8 @@ def test_lists_of_a_step_share_no_place_within_a_page(dtype, options):
     of_step = lists(p, optimizer)
     assert len(of_step) == (3 if "state_dtype" in options else 6)
     assert_apart(of_step)
+    for name, tensor in of_step.items():  # by more than luck
+        assert (tensor.data_ptr() - p.data_ptr()) % PAGE % (BLOCK + 64) == 0, name
 
 
 def test_loaded_states_are_placed_like_new_ones():
