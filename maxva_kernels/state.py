@@ -86,8 +86,8 @@ def has_moments(state: dict[str, Any]) -> bool:
 class Forms:
     """In which form parameters keep their states and how they are rounded, from step to step.
 
-    A group's are found anew where anything has changed that they depend on, and where it holds
-    DTensors.
+    A group's are found anew where anything has changed that they depend on; of DTensors nothing is
+    remembered.
     """
 
     def __init__(self) -> None:
@@ -104,22 +104,29 @@ class Forms:
             start: its first parameter's index in the optimizer.
 
         Returns:
-            By word_dtype the indices of parameters in the group; per parameter its row.
+            By word_dtype the indices of parameters in the group; per parameter its row, which a
+            DTensor without a gradient has not.
         """
         params = group["params"]
         if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
             return {None: range(len(params))}, [rounding.NEAREST] * len(params)
         options = [start, len(params), *(group[name] for name in _FORM_KEYS)]
-        known = self._known.get(index)
-        if known is None or not known.fits(options, params) or holds_dtensor(params):
+        sharded = holds_dtensor(params)
+        known = None if sharded else self._known.get(index)
+        if known is None or not known.fits(options, params):
             places: dict[torch.dtype | None, list[int]] = {}
-            rows = []
+            rows: list[tuple[int, ...]] = []
             for i, p in enumerate(params):
                 word = word_dtype(p, group)
                 places.setdefault(word, []).append(i)
-                rows.append(rounding.row(group, p, start + i, word is not None))
+                if sharded and p.grad is None:  # it may be one that cannot be numbered
+                    rows.append(rounding.NEAREST)
+                else:
+                    rows.append(rounding.row(group, p, start + i, word is not None))
             facts = [list(map(fact, params)) for fact in _FORM_FACTS]
-            known = self._known[index] = _Known(options, facts, places, rows)
+            known = _Known(options, facts, places, rows)
+            if not sharded:
+                self._known[index] = known
         return known.places, known.rows
 
 

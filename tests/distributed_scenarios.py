@@ -485,6 +485,7 @@ def what_cannot_be_numbered_is_refused_on_all_ranks(directory: Path) -> None:
             for x in (rows.clone(), torch.ones_like(rows))
         )
         opt = FusedMAdam([("odd", Parameter(p))], state_dtype=kind, **options)
+        opt.step()  # which has nothing to number
         opt.param_groups[0]["params"][0].grad = g
         before = rows.to(dtype)
         with raises(NotImplementedError, "(3, 140)", "pieces [(0, 1), (2, 3)] of dimension 0"):
@@ -495,6 +496,23 @@ def what_cannot_be_numbered_is_refused_on_all_ranks(directory: Path) -> None:
         opt.step()  # which needs no numbers
         assert not same_bits(p.to_local(), before)
     dist.barrier()
+
+
+@scenario(2)
+def a_plain_parameter_in_the_place_of_a_dtensor_is_numbered_as_a_whole(directory: Path) -> None:
+    full = torch.linspace(-1, 1, 4 * 256).view(4, 256)
+    options = {"state_dtype": "int8", "fp32_state_below": 0}
+    sharded = Parameter(distribute_tensor(full, mesh_of(2), [Shard(0)]))
+    opt = FusedMAdam([sharded], **options)
+    sharded.grad = torch.ones_like(sharded)
+    opt.step()
+    p, q = Parameter(full.clone()), Parameter(full.clone())
+    opt.param_groups[0]["params"][0] = p
+    p.grad = q.grad = torch.cos(100 * full)
+    truth = FusedMAdam([q], **options)
+    opt.step()
+    truth.step()
+    assert same_bits(opt.state[p], truth.state[q])
 
 
 @scenario(2, 4)
