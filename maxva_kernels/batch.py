@@ -101,6 +101,12 @@ def check_states(batch: Batch) -> None:
     """
     shapes = [theta.shape for theta in batch.theta]
     dtypes = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in batch.theta]
+    for step in batch.step:
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != batch.device:
+            raise ValueError(
+                f"step has shape {tuple(step.shape)}, {step.dtype} on {step.device}; it must be "
+                f"one torch.float32 on {batch.device}"
+            )
     for name in ("m", "u", "v", "w", "vmax", "master"):
         _check_list(batch, name, shapes, dtypes)
     if not batch.packed:

@@ -459,7 +459,7 @@ def test_a_dict_of_another_kind_is_refused(state, message):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("kind", ["shape", "dtype"])
+@pytest.mark.parametrize("kind", ["shape", "dtype", "step"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(which, kind, backend):
     """Of the first or the second of two batches, which amsgrad separates."""
@@ -468,9 +468,12 @@ def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(whi
     optimizer = FusedMAdam(groups, backend=backend)
     train(params, optimizer, 0, 2)
     state = optimizer.state[params[which]]
-    state["exp_avg_sq"] = torch.ones(5) if kind == "shape" else torch.ones(3).half()
+    if kind == "step":
+        state["step"] = torch.tensor(2)
+    else:
+        state["exp_avg_sq"] = torch.ones(5) if kind == "shape" else torch.ones(3).half()
     before = copy.deepcopy((params, optimizer.state_dict()["state"]))
-    with pytest.raises((ValueError, TypeError), match="exp_avg_sq"):
+    with pytest.raises((ValueError, TypeError), match="step" if kind == "step" else "exp_avg_sq"):
         train(params, optimizer, 2, 3)
     assert all(torch.equal(p, q) for p, q in zip(params, before[0], strict=True))
     for index, p in enumerate(params):
