@@ -200,6 +200,13 @@ def test_another_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "study"]
 
 
+def test_a_call_killed_while_it_wrote_the_record_is_no_other_study(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".writing-1-study.json").touch()
+    with example.compare.opened(tmp_path, study(), overwrite=False) as (record, _):
+        assert record["seconds"] == 0
+
+
 DRIVER = """
 import sys
 from pathlib import Path

@@ -371,6 +371,15 @@ def test_damaged_and_missing_shards_are_made_again(
     assert not list(out.glob(".writing*"))
 
 
+def test_a_call_killed_while_it_wrote_the_plan_goes_on(
+    prepared: SimpleNamespace, corpus_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".writing-1-plan.json").touch()
+    assert prepare(corpus_file, tmp_path) == 0
+    assert contents(tmp_path) == contents(prepared.out)
+
+
 def _in_time(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:

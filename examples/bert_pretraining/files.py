@@ -85,6 +85,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     publish(temporary, path)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what `locked`, or a killed `write_atomically`, leaves in a folder."""
+    return path.name == LOCK or path.name.startswith(TEMPORARY)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Keeps other processes from working in a folder.

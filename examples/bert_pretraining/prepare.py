@@ -194,7 +194,7 @@ def refuse_other(out: Path, plan: Plan) -> None:
         raise UserError(f"--out: {out} is a file, not a folder.")
     plan_file = out / PLAN
     if not plan_file.is_file():
-        if any(path.name != files.LOCK for path in out.iterdir()):
+        if not all(map(files.is_leftover, out.iterdir())):
             raise UserError(f"--out: {out} is not empty; give --overwrite or another folder.")
         return
     if not _is_begun(out):
