@@ -486,7 +486,11 @@ def main() -> int:
     options = parser.parse_args()
     sys.path.insert(0, str(EXAMPLE))
     errors = importlib.import_module("errors")
-    return int(errors.exit_status(lambda: run(options), "interrupted; the pretraining goes on"))
+    return int(
+        errors.exit_status(
+            lambda: run(options), "interrupted; the same command resumes the pretraining"
+        )
+    )
 
 
 if __name__ == "__main__":
