@@ -208,7 +208,8 @@ class MaxVA(Optimizer):
         States keep their precision (float32 beside bfloat16 parameters) and follow their parameter
         to its device. Group keys that an older dict lacks take their defaults; keys added by others
         are kept; parameters without state are legal. A tensor lr moves to its group's device. An
-        inf or NaN in a loaded state gives a warning.
+        inf or NaN in a loaded state gives a warning. Tensors of the dict become the states, but for
+        large ones on a CPU that lie where a step would be slow (streams.py): those are copied.
 
         state_dtype and fp32_state_below stay this optimizer's own: they say how it keeps states,
         not what it computes. Loaded states of another form are converted, to the nearest code: the

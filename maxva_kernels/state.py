@@ -244,11 +244,20 @@ def in_form(
 
     To the nearest code, so with the error of one; from codes to float32, u = mean w and
     v = (mean^2 + sd^2) w are rounded to float32. What has that form already stays as it is.
+
+    Raises:
+        ValueError: the state is of another shape, as p's data has been replaced.
     """
     if not has_moments(state) or (
         PACKED not in state if compact is None else _has_form(p, state, compact)
     ):
         return dict(state)
+    held = state[PACKED if PACKED in state else "maxva_weight"]
+    if held.shape != p.shape:
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} has a state of shape {tuple(held.shape)}; "
+            f"delete optimizer.state[p] or load a state of its shape"
+        )
     moments = _moments(state, algorithm)
     new = {key: state[key] for key in state if key not in (*MOMENTS, MAXIMUM, *COMPACT)}
 

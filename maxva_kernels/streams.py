@@ -6,7 +6,8 @@ csrc/cpu_blocks.h). An allocator gives large lists the same place within a page,
 the blocks compete for the same few sets of the first-level cache, and, where a core guesses the way
 by a hash of the address, now and then push each other out at every turn: by luck a step takes up to
 1.3 times as long. So a state begins at a place within its page that no other state of its parameter
-has, a block and a cache line after the one before. The parameter and its gradient are the caller's.
+has, a block and a cache line after the one before. The parameter and its gradient are the caller's,
+and so are the copies that deepcopy and pickle make; DTensors are left as they are.
 """
 
 from __future__ import annotations

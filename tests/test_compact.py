@@ -794,3 +794,23 @@ def test_training_goes_as_with_float32_states(algorithm: str, kernel: str) -> No
     for kind in KINDS:
         found = classify(FUSED[algorithm], state_dtype=kind, backend=kernel)
         assert abs(found / full - 1) < 0.03, (kind, found, full)
+
+
+@pytest.mark.parametrize("shape", [(8, 256), (16, 128)])
+def test_state_of_another_shape_is_refused_and_kept(shape):
+    p = torch.nn.Parameter(torch.randn(16, 256))
+    optimizer = FusedMAdam([p], state_dtype="int8", fp32_state_below=0)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[p].items()}
+    p.data = torch.randn(shape)
+    p.grad = torch.randn(shape)
+    data = p.data.clone()
+    with pytest.raises(ValueError, match=r"state of shape \(16, 256\).*delete optimizer.state"):
+        optimizer.step()
+    assert torch.equal(p.data, data)
+    assert optimizer.state[p].keys() == before.keys()
+    assert all(torch.equal(optimizer.state[p][key], value) for key, value in before.items())
+    del optimizer.state[p]
+    optimizer.step()
+    assert optimizer.state[p]["maxva_packed"].shape == shape

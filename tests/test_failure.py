@@ -98,7 +98,7 @@ class Job:
         files = [self.folder / f"process-{self.restart}-{rank}" for rank in range(PROCESSES)]
         wait_until(lambda: all(f.exists() and f.read_text() for f in files), 90, "start")
         (self.folder / f"go-{self.restart}").touch()
-        wait_until(lambda: bool(self.events("start")), 30, "first event")
+        wait_until(lambda: bool(self.events("start")), 120, "first event")
         return [int(file.read_text()) for file in files]
 
 
@@ -128,18 +128,20 @@ def test_killed_processes_lose_unsaved_steps_only(
             if not trial:
                 # Two checkpoints, so that one may be damaged.
                 aim += 2 * CHECKPOINT_EVERY
-            wait_until(lambda aim=aim: max(job.events("step"), default=0) >= aim, 30, f"step {aim}")
+            wait_until(
+                lambda aim=aim: max(job.events("step"), default=0) >= aim, 120, f"step {aim}"
+            )
             in_save = dice.random() < 0.5
             if in_save and aim < STEPS - CHECKPOINT_EVERY:
                 before = job.temporary()
-                wait_until(lambda b=before: job.temporary() not in (None, b), 30, "save")
+                wait_until(lambda b=before: job.temporary() not in (None, b), 120, "save")
             # Process 0 is the one that writes.
             victim = 0 if in_save else dice.randrange(PROCESSES)
             delay = dice.uniform(0, 0.015 if in_save else 0.03)
             time.sleep(delay)
             os.kill(processes[victim], signal.SIGKILL)
             for process in processes:
-                wait_until(lambda p=process: not is_alive(p), 30, f"end of process {process}")
+                wait_until(lambda p=process: not is_alive(p), 120, f"end of process {process}")
             reached = max(job.events("step"))
             saved = max([began, *job.events("saved")])
             print(
