@@ -16,6 +16,9 @@ namespace {
 // eighth of the instructions. With kPlain its scalars are constants, and the compiler drops it.
 // With kCollect a block also leaves what statistics are made of. All variants give the same bits.
 
+// So many elements, at most, are added to the statistics in one call, which has its own costs.
+constexpr int64_t kCollected = 4 * kBlock;
+
 // Leaves the observed gradient in g, unless it is g_raw itself (kPlain), and 1 - beta_t in c.
 template <bool kPlain, bool kCollect, typename Ops, typename T>
 MAXVA_INLINE void observe_block(const T* __restrict g_raw, const T* __restrict theta,
@@ -93,9 +96,8 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   const Scalars<T> s = scalars;  // a copy that no store through a pointer can change
   SumsOfSquares sums{0, 0};
   ChunkStatistics<T> statistics;
-  BlockBuffer<T> theta_buffer, g_buffer, observed, update_buffer;
-  alignas(64) T c[kBlock] = {};
-  T* const update = update_buffer.values;  // or the lengths of the steps
+  BlockBuffer<T> theta_buffer, g_buffer, observed;
+  alignas(64) T c_of_blocks[kCollected] = {}, update_of_blocks[kCollected];
   auto* const m = static_cast<T*>(chunk.m);
   auto* const u = static_cast<T*>(chunk.u);
   auto* const v = static_cast<T*>(chunk.v);
@@ -105,10 +107,16 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   const DType moved_dtype = chunk.master ? DType::kFloat32 : chunk.theta_dtype;
   const bool frozen = s.eta == T(0);  // lr = 0: a copy is moved, and not stored
   const bool collect = chunk.statistics != nullptr;
+  // statistics are of several blocks at a time where these gradients lie in a row
+  const int64_t collected =
+      chunk.g_dtype == kComputeDType<T> && !chunk.grad_scale ? kCollected : kBlock;
   const bool plain_gradient = s.g_factor == T(1) && s.l2 == T(0);
   const bool plain_direction = s.nesterov_x == T(0) && s.eps_inside == T(0);
   for (int64_t b = 0; b < chunk.n; b += kBlock) {
     const int64_t n = chunk.n - b < kBlock ? chunk.n - b : kBlock;
+    const int64_t waiting = b % collected;
+    T* const c = c_of_blocks + waiting;
+    T* const update = update_of_blocks + waiting;  // or the lengths of the steps
     T* const theta = theta_buffer.load(moved_dtype, moved, b, n, frozen);
     const T* g_raw = g_buffer.load(chunk.g_dtype, chunk.g, b, n);
     if (chunk.grad_scale) {
@@ -157,7 +165,10 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
                                                              update, n, s);
       }
     }
-    if (collect) Ops::add_statistics(c, update, g_raw, n, s, statistics);
+    if (collect && (waiting + kBlock == collected || b + n == chunk.n)) {
+      Ops::add_statistics(c_of_blocks, update_of_blocks, g_raw - waiting, waiting + n, s,
+                          statistics);
+    }
     if (frozen || phase == Phase::kStates) continue;
     if (chunk.random && chunk.random->on) {
       Ops::store_stochastically(theta, static_cast<BFloat16*>(chunk.theta) + b, *chunk.random,
