@@ -89,7 +89,7 @@ void measure_cpu(const std::vector<int64_t>& numels) {
     first.push_back(elements);
     elements += numel;
   }
-  // the yardstick of bench/measure.py: a copy would pay for write-allocation
+  // the yardstick of maxva_kernels/profile/measure.py: a copy would pay for write-allocation
   const auto add = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) lists[0][i] += lists[1][i];
   };

@@ -18,6 +18,7 @@ namespace {
 
 // So many elements, at most, are added to the statistics in one call, which has its own costs.
 constexpr int64_t kCollected = 4 * kBlock;
+static_assert((kBlock & (kBlock - 1)) == 0);  // a remainder is a mask, not a division per block
 
 // Leaves the observed gradient in g, unless it is g_raw itself (kPlain), and 1 - beta_t in c.
 template <bool kPlain, bool kCollect, typename Ops, typename T>
@@ -114,7 +115,7 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   const bool plain_direction = s.nesterov_x == T(0) && s.eps_inside == T(0);
   for (int64_t b = 0; b < chunk.n; b += kBlock) {
     const int64_t n = chunk.n - b < kBlock ? chunk.n - b : kBlock;
-    const int64_t waiting = b % collected;
+    const int64_t waiting = b & (collected - 1);
     T* const c = c_of_blocks + waiting;
     T* const update = update_of_blocks + waiting;  // or the lengths of the steps
     T* const theta = theta_buffer.load(moved_dtype, moved, b, n, frozen);
