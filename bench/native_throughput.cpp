@@ -1,12 +1,13 @@
-// GB/s of the update kernels without torch: one FusedMAdam step in float32 over tensors like
-// BERT-Base's, 44 bytes moved per parameter, beside a yardstick of bandwidth from the same run: a
-// += b on the CPU, a copy on the GPU. On the CPU also what the kernels take where all lists stay in
-// the cache of one core: the arithmetic alone.
+// GB/s of the update kernels without torch, beside a yardstick of bandwidth from the same run: a +=
+// b on the CPU, a copy on the GPU. On the CPU a step of MAdam in float32 over tensors like
+// BERT-Base's, and what the kernels take where all lists stay in the cache of one core: the
+// arithmetic alone. On a GPU both optimizers with every form of states over those of BERT-Large.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <functional>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -28,11 +29,13 @@ using namespace maxva;
 constexpr double kBytesPerParameter = 44;
 constexpr int kRepeats = 20;
 
-std::vector<int64_t> bert_base() {
-  std::vector<int64_t> numels{30522 * 768, 512 * 768, 2 * 768, 768, 768};
-  for (int layer = 0; layer < 12; ++layer) {
-    for (int k = 0; k < 4; ++k) numels.insert(numels.end(), {768 * 768, 768});
-    numels.insert(numels.end(), {3072 * 768, 3072, 768 * 3072, 768, 768, 768, 768, 768});
+std::vector<int64_t> bert(int layers, int64_t width) {
+  std::vector<int64_t> numels{30522 * width, 512 * width, 2 * width, width, width};
+  const int64_t square = width * width;
+  for (int layer = 0; layer < layers; ++layer) {
+    for (int k = 0; k < 4; ++k) numels.insert(numels.end(), {square, width});
+    numels.insert(numels.end(),
+                  {4 * square, 4 * width, 4 * square, width, width, width, width, width});
   }
   return numels;
 }
@@ -182,18 +185,38 @@ std::vector<double> timed_on_gpu(const F& work) {
   cudaEventCreate(&start);
   cudaEventCreate(&stop);
   std::vector<double> seconds;
-  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+  for (int repeat = -3; repeat < kRepeats; ++repeat) {
     cudaEventRecord(start);
     work();
     cudaEventRecord(stop);
     cudaEventSynchronize(stop);
     float milliseconds = 0;
     cudaEventElapsedTime(&milliseconds, start, stop);
-    seconds.push_back(milliseconds * 1e-3);
+    if (repeat >= 0) seconds.push_back(milliseconds * 1e-3);
   }
   cudaEventDestroy(start);
   cudaEventDestroy(stop);
   return seconds;
+}
+
+float* on_gpu(int64_t numel) {
+  float* list = nullptr;
+  cudaMalloc(&list, numel * sizeof(float));
+  cudaMemset(list, 0, numel * sizeof(float));
+  return list;
+}
+
+// Normal numbers; zeros would be moved and multiplied faster.
+void randomize(float* list, int64_t numel, float size, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal(0.0f, size);
+  std::vector<float> values((1 << 20) + 1);
+  for (float& x : values) x = normal(generator);
+  const auto period = static_cast<int64_t>(values.size());
+  for (int64_t at = 0; at < numel; at += period) {
+    cudaMemcpy(list + at, values.data(), std::min(period, numel - at) * sizeof(float),
+               cudaMemcpyHostToDevice);
+  }
 }
 
 void measure_cuda(const std::vector<int64_t>& numels) {
@@ -203,56 +226,75 @@ void measure_cuda(const std::vector<int64_t>& numels) {
     return;
   }
   const int64_t n = sum_of(numels);
-  float* lists[6];
-  for (float*& list : lists) {
-    cudaMalloc(&list, n * sizeof(float));
-    cudaMemset(list, 0, n * sizeof(float));
-  }
-  float* step = nullptr;
-  cudaMalloc(&step, sizeof(float));
-  cudaMemset(step, 0, sizeof(float));
-
-  std::vector<gpu::TensorEntry> entries;
-  for (int64_t at = 0; int64_t numel : numels) {
-    entries.push_back({lists[0] + at, nullptr, lists[2] + at, lists[3] + at, lists[4] + at,
-                       lists[5] + at, nullptr, step, numel, 0, int64_t(DType::kFloat32), 0,
-                       int64_t(entries.size())});
-    at += numel;
-  }
-  std::vector<const float*> g;
-  for (int64_t at = 0; int64_t numel : numels) {
-    g.push_back(lists[1] + at);
-    at += numel;
-  }
-  const gpu::UpdatePlan plan(entries, {hyper()}, {});
-  gpu::Image image = plan.key();
-  image.append(plan.blocks());
-  char* uploaded = nullptr;
-  cudaMalloc(&uploaded, image.bytes().size());
-  cudaMemcpy(uploaded, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice);
+  float* lists[6];  // theta g m u v w
+  for (float*& list : lists) list = on_gpu(n);
+  cudaFree(lists[2]);
+  lists[2] = on_gpu(2 * n);  // or the words of compact states
+  randomize(lists[0], n, 0.02f, 1);
+  randomize(lists[1], n, 0.001f, 2);
+  float* const step = on_gpu(1);
 
   const double copied = 8.0 * double(n);
   const double copy = median_rate(copied, timed_on_gpu([&] {
-                                    cudaMemcpyAsync(lists[0], lists[1], n * sizeof(float),
+                                    cudaMemcpyAsync(lists[2], lists[1], n * sizeof(float),
                                                     cudaMemcpyDeviceToDevice);
                                   }));
   std::printf("GPU copy %.1f GB/s\n", copy);
-  for (const Algorithm algorithm : {Algorithm::kMAdam, Algorithm::kLaMAdam}) {
-    const auto seconds = timed_on_gpu([&] {
-      gpu::UpdateLaunch launch{};
-      for (const gpu::LaunchRange& range : plan.launches()) {
-        plan.fill(
-            launch, range, plan.locate(uploaded),
-            [&](int64_t i) { return gpu::typed_address(g[i], DType::kFloat32); },
-            [](int64_t) {
-              return gpu::LearningRate{1e-3, gpu::typed_address(nullptr, DType::kFloat32)};
-            });
-        gpu::launch_update(launch, {algorithm, false, false, Phase::kWhole},
-                           unsigned(range.end_block - range.first_block), nullptr);
+  for (const int kept : {32, 16, 8}) {  // bits of a state
+    cudaMemset(lists[2], 0, 2 * n * sizeof(float));
+    for (const int k : {3, 4, 5}) cudaMemset(lists[k], 0, n * sizeof(float));
+    std::vector<gpu::TensorEntry> entries;
+    std::vector<const float*> g;
+    for (int64_t at = 0; int64_t numel : numels) {
+      gpu::TensorEntry entry{};
+      entry.theta = lists[0] + at, entry.step = step, entry.numel = numel;
+      entry.theta_dtype = int64_t(DType::kFloat32), entry.index = int64_t(entries.size());
+      if (kept == 32) {
+        entry.m = lists[2] + at, entry.u = lists[3] + at;
+        entry.v = lists[4] + at, entry.w = lists[5] + at;
+      } else {
+        entry.rounding = {1, entry.index, 0, numel, numel, 0};
+        entry.row = numel;
+        entry.packed = lists[2] + at * (kept / 8);
+        if (kept == 8) entry.scale = reinterpret_cast<uint32_t*>(lists[5] + at / kStateBlock);
       }
-    });
-    report(algorithm == Algorithm::kMAdam ? "cuda madam" : "cuda lamadam",
-           kBytesPerParameter * double(n), seconds, copy);
+      entries.push_back(entry);
+      g.push_back(lists[1] + at);
+      at += numel;
+    }
+    const gpu::UpdatePlan plan(entries, {hyper()}, {});
+    gpu::Image image = plan.key();
+    image.append(plan.blocks());
+    char* uploaded = nullptr;
+    cudaMalloc(&uploaded, image.bytes().size());
+    cudaMemcpy(uploaded, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice);
+    for (const Algorithm algorithm : {Algorithm::kMAdam, Algorithm::kLaMAdam}) {
+      const auto seconds = timed_on_gpu([&] {
+        gpu::UpdateLaunch launch{};
+        for (const gpu::LaunchRange& range : plan.launches()) {
+          plan.fill(
+              launch, range, plan.locate(uploaded),
+              [&](int64_t i) { return gpu::typed_address(g[i], DType::kFloat32); },
+              [](int64_t) {
+                return gpu::LearningRate{1e-3, gpu::typed_address(nullptr, DType::kFloat32)};
+              });
+          const gpu::UpdateKind kind{algorithm, false, false, Phase::kWhole};
+          const auto blocks = unsigned(range.end_block - range.first_block);
+          if (kept == 32) {
+            gpu::launch_update(launch, kind, blocks, nullptr);
+          } else {
+            gpu::launch_packed(launch, kept == 8 ? Packing::kInt8 : Packing::kBFloat16, kind,
+                               blocks, nullptr);
+          }
+        }
+      });
+      char name[40];
+      std::snprintf(name, sizeof name, "%s %d bits",
+                    algorithm == Algorithm::kMAdam ? "madam" : "lamadam", kept);
+      const double bytes = 12 + (kept == 8 ? 8 * (1 + 1.0 / kStateBlock) : kept);
+      report(name, bytes * double(n), seconds, copy);
+    }
+    cudaFree(uploaded);
   }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) std::printf("CUDA error: %s\n", cudaGetErrorString(error));
@@ -261,13 +303,24 @@ void measure_cuda(const std::vector<int64_t>& numels) {
 
 }  // namespace
 
-int main() {
-  const std::vector<int64_t> numels = bert_base();
-  std::printf("BERT-Base: %zu tensors, %.1f M parameters\n", numels.size(),
-              double(sum_of(numels)) * 1e-6);
-  measure_in_cache();
-  measure_cpu(numels);
+// Arguments: cpu or gpu, for one of the two.
+int main(int argc, char** argv) {
+  const std::string only = argc > 1 ? argv[1] : "";
+  const auto say = [](const char* model, const std::vector<int64_t>& numels) {
+    std::printf("%s: %zu tensors, %.1f M parameters\n", model, numels.size(),
+                double(sum_of(numels)) * 1e-6);
+  };
+  if (only != "gpu") {
+    const std::vector<int64_t> base = bert(12, 768);
+    measure_in_cache();
+    say("BERT-Base", base);
+    measure_cpu(base);
+  }
 #if defined(MAXVA_WITH_CUDA)
-  measure_cuda(numels);
+  if (only != "cpu") {
+    const std::vector<int64_t> large = bert(24, 1024);
+    say("BERT-Large", large);
+    measure_cuda(large);
+  }
 #endif
 }

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any
 
 import pytest
 import torch
 from exactness import FUSED, Problem, realistic_problem
-from test_triton_packed import call, check_neighbours, make_batch, packed_of
-from torch import Tensor
 from torch.nn import Parameter
 
 import maxva_kernels
-from maxva_kernels.batch import Batch, Phase
-from maxva_kernels.reference import EagerBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,62 +129,6 @@ def test_stochastic_rounding_has_the_bits_of(
     for a, b in zip(everything(ours), everything(theirs), strict=True):
         assert torch.equal(a, b)
     assert ours.stats()[0] == pytest.approx(theirs.stats()[0], rel=1e-5)
-
-
-def moved(batch: Batch, device: str) -> Batch:
-    """A copy with all tensors on a device; layouts and alignment stay."""
-    batch = copy.deepcopy(batch)
-    for name in ("theta", "g", "packed", "scale", "maximum", "master", "step", "group_step"):
-        tensors: list[Tensor] = getattr(batch, name)
-        for i, x in enumerate(tensors):
-            storage = x.new_empty(x.untyped_storage().nbytes() // x.itemsize, device=device)
-            tensors[i] = storage.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
-    return batch
-
-
-PACKED: dict[str, dict[str, Any]] = {
-    "default": {},
-    "first_step": {"fresh": True, "amsgrad": True},
-    "misaligned": {"layout": "misaligned"},
-    "misaligned_gradient": {"grad_layout": "misaligned"},
-    "l2_nesterov": {"weight_decay": 0.125, "adam_w_mode": 0.0, "nesterov": 1.0},
-    "bf16": {"dtype": torch.bfloat16},
-    "fp16_master_amsgrad": {"dtype": torch.float16, "master": True, "amsgrad": True},
-}
-
-
-@pytest.mark.parametrize("algorithm", ["madam", "lamadam"])
-@pytest.mark.parametrize("word", ["int8", "bfloat16"])
-@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
-def test_compact_states_beside_the_reference(
-    options: dict[str, Any], word: str, algorithm: str
-) -> None:
-    """Codes and random words are the definition's; divisions and roots are the device's own."""
-    start = make_batch([(70, 128), (33, 1000), (2, 9, 261)], word, algorithm, **options)
-    ours, theirs = moved(start, "cuda"), moved(start, "cpu")
-    call(ours, algorithm=algorithm)
-    EagerBackend().update(theirs, algorithm, Phase.WHOLE, None, None, None)
-    ours = moved(ours, "cpu")
-    for i, theta in enumerate(theirs.theta):
-        check_neighbours(packed_of(ours, i), packed_of(theirs, i), f"{i}")
-        ours_kept, kept = ((x.master or x.theta)[i].float() for x in (ours, theirs))
-        eps = torch.finfo(torch.float32 if theirs.master else theta.dtype).eps
-        torch.testing.assert_close(ours_kept, kept, rtol=2 * eps, atol=1e-4)
-
-
-@pytest.mark.parametrize("word", ["int8", "bfloat16"])
-def test_compact_states_have_the_same_bits_on_every_path(word: str) -> None:
-    batches = [
-        moved(make_batch([(64, 256)], word, amsgrad=True, **layouts), "cuda")
-        for layouts in ({}, {"layout": "misaligned"}, {"grad_layout": "misaligned"})
-    ]
-    for batch in batches:
-        for _ in range(3):
-            call(batch)
-    for batch in batches[1:]:
-        for name in ("theta", "packed", "scale", "maximum"):
-            for a, b in zip(getattr(batches[0], name), getattr(batch, name), strict=True):
-                assert torch.equal(a, b), name
 
 
 def test_random_words_and_rounding() -> None:

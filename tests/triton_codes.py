@@ -28,7 +28,7 @@ def _encode_kernel(
     code, exponents = encode(
         tl.load(m + i), tl.load(mean + i), tl.load(var + i), tl.load(w + i), random, WORD, ALGORITHM
     )
-    root, exponents = encode_maximum(tl.load(vmax + i), random, exponents)
+    root, exponents = encode_maximum(tl.load(vmax + i), random, exponents, WORD)
     tl.store(packed + i, code)
     tl.store(maximum + i, root)
     if WORD == tl.int32:  # noqa: SIM300

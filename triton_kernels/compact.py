@@ -207,7 +207,7 @@ def decode_maximum(code, exponents):
 
 @triton.jit
 def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
-    """Packed states of a tile and int32 [blocks] exponents of slots 0 to 2 (None for int64).
+    """Packed states of a tile and int32 [blocks] exponents of slots 0 to 2 (0 for int64).
 
     Where r, mean or sd are not finite, int8 stores r = mean = 0 and sd's NAN_CODE, and the element
     counts as 0 in its block; bfloat16 stores each as it is.
@@ -243,19 +243,21 @@ def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
         x_half = upper_half_bits(x, bits_of(x) + window(words, X_WINDOW))
         low = (r_half | (mean_half << 16)).to(tl.uint64)
         high = (sd_half | (x_half << 16)).to(tl.uint64)
-        return (low | (high << 32)).to(tl.int64, bitcast=True), None
+        # a None in a tuple is nothing that Triton 3.6 returns
+        no_exponents = tl.zeros([r.shape[0]], tl.int32)
+        return (low | (high << 32)).to(tl.int64, bitcast=True), no_exponents
 
 
 @triton.jit
-def encode_maximum(vmax, words, exponents):
+def encode_maximum(vmax, words, exponents, WORD: tl.constexpr):
     """The root's codes, uint8 or bfloat16, and the exponents with slot 3 in them.
 
-    exponents: of the other slots, or None for bfloat16.
+    exponents: as `encode` returns them.
     """
     root = square_root(vmax, FAST)
     random = window(words, SD_WINDOW)
-    if exponents is None:
-        return upper_half(root, bits_of(root) + random), None
+    if WORD == tl.int64:  # noqa: SIM300
+        return upper_half(root, bits_of(root) + random), exponents
     else:
         finite = is_finite(root)
         root = tl.where(finite, root, 0.0)

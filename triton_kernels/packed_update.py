@@ -177,7 +177,7 @@ def update_blocks(
             packed, exponents = encode(m, mean, var, w, words, WORD, ALGORITHM)
             tl.store(packed_ptr + i, packed, mask=mask)
             if AMSGRAD:
-                maximum, exponents = encode_maximum(vmax, words, exponents)
+                maximum, exponents = encode_maximum(vmax, words, exponents, WORD)
                 tl.store(maximum_ptr + i, maximum, mask=mask)
             if WORD == tl.int32:  # noqa: SIM300
                 tl.store(scale_ptr + block, exponents, mask=block_mask)
