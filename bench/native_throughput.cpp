@@ -231,7 +231,10 @@ void measure_cuda(const std::vector<int64_t>& numels) {
   cudaFree(lists[2]);
   lists[2] = on_gpu(2 * n);  // or the words of compact states
   randomize(lists[0], n, 0.02f, 1);
-  randomize(lists[1], n, 0.001f, 2);
+  // in turn, as a gradient that repeats itself has no variance
+  float* const gradients[2] = {lists[1], on_gpu(n)};
+  randomize(gradients[0], n, 0.001f, 2);
+  randomize(gradients[1], n, 0.001f, 3);
   float* const step = on_gpu(1);
 
   const double copied = 8.0 * double(n);
@@ -244,7 +247,8 @@ void measure_cuda(const std::vector<int64_t>& numels) {
     cudaMemset(lists[2], 0, 2 * n * sizeof(float));
     for (const int k : {3, 4, 5}) cudaMemset(lists[k], 0, n * sizeof(float));
     std::vector<gpu::TensorEntry> entries;
-    std::vector<const float*> g;
+    std::vector<int64_t> first;
+    int steps = 0;
     for (int64_t at = 0; int64_t numel : numels) {
       gpu::TensorEntry entry{};
       entry.theta = lists[0] + at, entry.step = step, entry.numel = numel;
@@ -254,12 +258,12 @@ void measure_cuda(const std::vector<int64_t>& numels) {
         entry.v = lists[4] + at, entry.w = lists[5] + at;
       } else {
         entry.rounding = {1, entry.index, 0, numel, numel, 0};
-        entry.row = numel;
+        entry.row = 8 * kStateBlock;
         entry.packed = lists[2] + at * (kept / 8);
         if (kept == 8) entry.scale = reinterpret_cast<uint32_t*>(lists[5] + at / kStateBlock);
       }
       entries.push_back(entry);
-      g.push_back(lists[1] + at);
+      first.push_back(at);
       at += numel;
     }
     const gpu::UpdatePlan plan(entries, {hyper()}, {});
@@ -270,11 +274,12 @@ void measure_cuda(const std::vector<int64_t>& numels) {
     cudaMemcpy(uploaded, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice);
     for (const Algorithm algorithm : {Algorithm::kMAdam, Algorithm::kLaMAdam}) {
       const auto seconds = timed_on_gpu([&] {
+        const float* const g = gradients[steps++ % 2];
         gpu::UpdateLaunch launch{};
         for (const gpu::LaunchRange& range : plan.launches()) {
           plan.fill(
               launch, range, plan.locate(uploaded),
-              [&](int64_t i) { return gpu::typed_address(g[i], DType::kFloat32); },
+              [&](int64_t i) { return gpu::typed_address(g + first[i], DType::kFloat32); },
               [](int64_t) {
                 return gpu::LearningRate{1e-3, gpu::typed_address(nullptr, DType::kFloat32)};
               });

@@ -117,6 +117,21 @@ MAXVA_THREAD_CODE Lane find_lane(const PackedState& block, int index, int lane) 
           vector, vector && at.n == kStateBlock};
 }
 
+// Has the second-level cache fetch what a lane will read of block `index`, `offset` elements from
+// the chunk's first: a hint, and none where rows end in a shorter block.
+template <Packing kPacking>
+MAXVA_THREAD_CODE void prefetch_lane(const PackedState& block, int index, int offset) {
+#if defined(__CUDA_ARCH__)
+  if (!block.whole_rows || index >= block.num_blocks) return;
+  const auto hint = [](const char* data) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(in_global_memory(data)));
+  };
+  hint(static_cast<const char*>(block.packed) + offset * sizeof(Word<kPacking>));
+  hint(block.moved.data + offset * sizeof(float));
+  hint(block.g.data + offset * sizeof(float));
+#endif
+}
+
 // A lane's elements between decoding and encoding; sd is the variance until finish_lane.
 struct LaneMoments {
   float r[kVector], mean[kVector], sd[kVector], w[kVector], root[kVector], theta[kVector];

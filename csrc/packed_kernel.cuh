@@ -55,6 +55,8 @@ __global__ void __launch_bounds__(kThreads, kStates || (kAmsgrad && kCollect) ? 
   for (int index = warp; index < block.num_blocks; index += kWarps) {
     const Lane at = find_lane(block, index, static_cast<int>(threadIdx.x) % kLanes);
     if (block.fast && at.whole) {
+      // registers for loads ahead would cost warps: the next block only moves closer
+      prefetch_lane<kPacking>(block, index + kWarps, at.offset + kWarps * kStateBlock);
       update_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, true>(block, index, at,
                                                                            squares, own);
     } else {

@@ -45,12 +45,12 @@ class PolyWarmUp(LRScheduler):
         self.total_steps = torch.tensor(TOTAL_STEPS, device=device)
         self.warmup = torch.tensor(WARMUP, device=device)
         self.base_lr = torch.tensor(BASE_LR, device=device)
+        self.first = torch.tensor(1.0, device=device)  # not in step(), which may be captured
         super().__init__(optimizer, torch.tensor(-1, device=device))
 
     def step(self, epoch: Any = None) -> None:
         group = self.optimizer.param_groups[0]
-        first = torch.tensor(1.0, device=self.base_lr.device)
-        self.last_epoch = group["step"] + 1 if "step" in group else first
+        self.last_epoch = group["step"] + 1 if "step" in group else self.first
         progress = self.last_epoch / self.total_steps
         rising = self.base_lr * progress / self.warmup
         lr = torch.where(progress < self.warmup, rising, self.base_lr * (1 - progress) ** 0.5)

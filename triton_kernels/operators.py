@@ -53,8 +53,8 @@ _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
-# with these a multiprocessor has four programs, where nothing is spilled for it
-_PACKED_REGISTERS = 128
+# with these a multiprocessor has five programs, where nothing is spilled for it
+_PACKED_REGISTERS = 96
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
 # owned by the first parameter's counter, which lives as long as the optimizer's state

@@ -118,7 +118,8 @@ def update_blocks(
     theta_sum = tl.full((), 0.0, tl.float64)
     update_sum = tl.full((), 0.0, tl.float64)
     statistics = no_statistics()
-    for start in range(0, CHUNK_BLOCKS if FULL else num_blocks, TILE_BLOCKS):
+    # loads are copies to shared memory, two tiles ahead
+    for start in tl.range(0, CHUNK_BLOCKS if FULL else num_blocks, TILE_BLOCKS, num_stages=3):
         block = start + tl.arange(0, TILE_BLOCKS)
         if FULL:
             block_mask = None

@@ -38,6 +38,8 @@ from maxva_kernels.state import COMPACT, PACKED
 _REFERENCE = {"madam": MAdam, "lamadam": LaMAdam}
 _KEYS = {"m": "exp_avg", "u": "maxva_avg", "v": "exp_avg_sq", "w": "maxva_weight"}
 _SAMPLED = 512
+#: Parameters that are compared, spread over all of them, and the last.
+_COMPARED = 1000
 #: Blocks of a compact parameter at each end, and as many again in between.
 _SAMPLED_BLOCKS = 4
 #: The slots that blocks have scales for, and those that are never negative.
@@ -97,7 +99,9 @@ def check_step(
         negate_gradients()
     whole = "trust" in contender.extras
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    chosen = _small(params) if whole else list(range(len(params)))
+    last = len(params) - 1
+    spread = range(0, last, math.ceil(len(params) / _COMPARED))
+    chosen = _small(params) if whole else [*spread, last]
     positions = {
         k: _positions(params[k], whole, in_blocks=PACKED in optimizer.state[params[k]])
         for k in chosen
