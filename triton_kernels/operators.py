@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,8 +54,9 @@ _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
-# with these a multiprocessor has five programs, where nothing is spilled for it
-_PACKED_REGISTERS = 96
+# with these a multiprocessor has five programs, where nothing is spilled for it; where something
+# would be, on Blackwell, four
+_PACKED_REGISTERS, _PACKED_REGISTERS_OF_BLACKWELL = 96, 128
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
 # owned by the first parameter's counter, which lives as long as the optimizer's state
@@ -294,10 +296,18 @@ def _launch_update(
     del kept
 
 
-def _packed_options(amsgrad: bool, collect: bool) -> dict[str, Any]:
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """90 for 9.0; 0 for a CPU, where kernels are interpreted."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
+def _packed_options(amsgrad: bool, collect: bool, capability: int) -> dict[str, Any]:
     if amsgrad or collect or "maxnreg" not in _UPDATE_OPTIONS:
         return _UPDATE_OPTIONS
-    return {**_UPDATE_OPTIONS, "maxnreg": _PACKED_REGISTERS}
+    registers = _PACKED_REGISTERS if capability < 100 else _PACKED_REGISTERS_OF_BLACKWELL
+    return {**_UPDATE_OPTIONS, "maxnreg": registers}
 
 
 def _launch_chunks(
@@ -335,7 +345,7 @@ def _launch_chunks(
                 AMSGRAD=amsgrad,
                 ROUND_THETA=c.is_stochastic,
                 **options,
-                **_packed_options(amsgrad, statistics is not None),
+                **_packed_options(amsgrad, statistics is not None, _capability(scalars.device)),
             )  # fmt: skip
         else:
             mta.update_kernel[(c.num_chunks,)](
