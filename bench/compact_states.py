@@ -417,7 +417,7 @@ def of_times(options: argparse.Namespace) -> str:
     return f"""## Time of a step
 
 {tensors} float32 parameters of 768 x 768, one thread: median over {rounds} rounds of the step's
-time by that of torch's fused AdamW in the same round.
+time by that of torch's fused AdamW in the same round. Of a GPU: [README](../README.md#on-a-gpu).
 
 {table(("optimizer", "time by AdamW's"), rows)}
 """
