@@ -226,10 +226,8 @@ void measure_cuda(const std::vector<int64_t>& numels) {
     return;
   }
   const int64_t n = sum_of(numels);
-  float* lists[6];  // theta g m u v w
-  for (float*& list : lists) list = on_gpu(n);
-  cudaFree(lists[2]);
-  lists[2] = on_gpu(2 * n);  // or the words of compact states
+  float* lists[6];  // theta g m u v w; instead of m also the words of compact states
+  for (int k = 0; k < 6; ++k) lists[k] = on_gpu(k == 2 ? 2 * n : n);
   randomize(lists[0], n, 0.02f, 1);
   // in turn, as a gradient that repeats itself has no variance
   float* const gradients[2] = {lists[1], on_gpu(n)};

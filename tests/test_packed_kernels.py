@@ -95,7 +95,7 @@ def take_step(
     if not batch.hyper[1 + ROW.index("trust_ratio")]:
         backend.update(batch, algorithm, Phase.WHOLE, control, grad_scale, None)
         return
-    norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64)
+    norms = torch.zeros(len(batch.theta), 2, dtype=torch.float64, device=batch.device)
     backend.update(batch, algorithm, Phase.STATES, control, grad_scale, norms)
     backend.update(batch, algorithm, Phase.PARAMETERS, control, grad_scale, norms)
 

@@ -38,9 +38,11 @@ stage "installation" "$PYTHON" tools/check_installation.py --with-cuda
 # only files with such tests: the others may need packages that are not there
 mapfile -t TESTS < <(grep -lE 'mark\.gpu' tests/test_*.py)
 # side by side where pytest-xdist is there: Triton's compiler takes most of the time; one thread
-# each, as with all of them the processes wait for each other
+# each, as with all of them the processes wait for each other; each takes memory of the GPU
 PARALLEL=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n "$(nproc)" --dist worksteal)
+WORKERS=$(nproc)
+"$PYTHON" -c 'import xdist' 2>/dev/null &&
+  PARALLEL=(-n $((WORKERS < 16 ? WORKERS : 16)) --dist worksteal)
 stage "tests" timeout 240 env OMP_NUM_THREADS=1 \
   "$PYTHON" -m pytest -q -m gpu -rs "${PARALLEL[@]}" "${TESTS[@]}"
 SANITIZER=$(command -v compute-sanitizer || ls "$CUDA_HOME/bin/compute-sanitizer" 2>/dev/null)

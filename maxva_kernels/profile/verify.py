@@ -1,10 +1,11 @@
 """One step of an optimizer of ours against the float64 reference, before it is timed.
 
 On the very tensors that are measured afterwards, in the midst of a run: elements at both ends and
-in between of every parameter (whole parameters where norms of tensors matter, whole blocks where
-states are compact). Bounds are those of docs/algorithm.md's float32 rule in outline; a slot of a
-compact state has to be one of the two codes that enclose the true value, widened by such a bound.
-tests/exactness.py and tests/compact_exactness.py have the strict rules.
+in between of every parameter, or of 1,000 where there are more (whole parameters where norms of
+tensors matter, whole blocks where states are compact). Bounds are those of docs/algorithm.md's
+float32 rule in outline; a slot of a compact state has to be one of the two codes that enclose the
+true value, widened by such a bound. tests/exactness.py and tests/compact_exactness.py have the
+strict rules.
 """
 
 from __future__ import annotations
