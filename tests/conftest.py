@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import maxva_kernels
+
+# a shell starts what it puts in the background deaf to Ctrl-C, which some tests send
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPORT = maxva_kernels.backends()
 #: Backends other than the reference. "cpu" is never left out: where it is missing, tests fail.
