@@ -94,11 +94,13 @@ class Batch:
 
 
 def check_states(batch: Batch) -> None:
-    """Raises unless every state fits its parameter.
+    """Raises unless every state fits its parameter, and both can be written.
 
     The operators check for themselves; this is for plain torch code, and for the later batches of a
     step, as none may move before all are known to fit.
     """
+    for theta in batch.theta:
+        _check_writable(theta, "a parameter")
     shapes = [theta.shape for theta in batch.theta]
     dtypes = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in batch.theta]
     for step in batch.step:
@@ -139,6 +141,21 @@ def _check_list(
                 f"{STATE_KEYS[name]} has shape {tuple(tensor.shape)}, {tensor.dtype} on "
                 f"{tensor.device}; its parameter needs {tuple(shape)}, {dtype} on {device}"
             )
+        _check_writable(tensor, STATE_KEYS[name])
+
+
+def _check_writable(tensor: Tensor, name: str) -> None:
+    if not tensor.is_contiguous() and is_expanded(tensor):
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is written, but "
+            f"has elements that share memory (an expanded tensor); clone it first"
+        )
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, because a dimension has no stride."""
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in dims)
 
 
 class Backend(Protocol):

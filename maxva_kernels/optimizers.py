@@ -31,6 +31,7 @@ from maxva_kernels.batch import (
     Batch,
     Phase,
     check_states,
+    is_expanded,
 )
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
 from maxva_kernels.sharding import NormGroup, Sharding
@@ -447,7 +448,7 @@ class MaxVA(Optimizer):
                     g.layout is not strided
                     or g.shape != p.shape
                     or g.device != p.device
-                    or (unscales and _is_expanded(g))
+                    or (unscales and is_expanded(g))
                 ):
                     _refuse_gradient(group, index, p, g)
             checked.append(_Checked(row, gradients))
@@ -510,8 +511,7 @@ class MaxVA(Optimizer):
         if are_complete(params, states, compact, amsgrad, has_master):
             return states
         for p in params:
-            state = self.state[p]
-            if are_complete([p], [state], compact, amsgrad, has_master):
+            if are_complete([p], [self.state.get(p, {})], compact, amsgrad, has_master):
                 continue
             if _is_capturing(p.device):
                 raise RuntimeError(
@@ -519,6 +519,7 @@ class MaxVA(Optimizer):
                     "graph is being captured; every replay would reset it. Run a step before the "
                     "capture"
                 )
+            state = self.state[p]
             replaced.append((p, dict(state)))
             _refill(state, completed(p, state, compact, amsgrad, has_master, self.algorithm))
         return [self.state[p] for p in params]
@@ -868,11 +869,6 @@ def _refuse_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) ->
         f"{describe(group, index, p)} on {p.device}: its gradient has shape {tuple(g.shape)} "
         f"on {g.device}"
     )
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    dims = zip(tensor.shape, tensor.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in dims)
 
 
 def _on(value: Any, device: torch.device) -> Tensor | None:

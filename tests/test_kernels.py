@@ -689,6 +689,27 @@ def test_expanded_parameter_is_refused(kernel: str) -> None:
     assert not opt.state[p]
 
 
+@pytest.mark.parametrize("which", ["parameter", "state"])
+@pytest.mark.parametrize("later", [False, True], ids=["first_batch", "later_batch"])
+def test_nothing_moves_where_a_written_tensor_is_expanded(
+    which: str, later: bool, backend: str
+) -> None:
+    shape = (4, 3)
+    usual = Parameter(torch.ones(shape))
+    bad = Parameter(torch.ones(1, 3).expand(shape) if which == "parameter" else torch.ones(shape))
+    # amsgrad is of a batch of its own
+    groups = [{"params": [usual], "amsgrad": later}, {"params": [bad], "amsgrad": not later}]
+    opt = FUSED["madam"](groups if later else groups[::-1], backend=backend)
+    usual.grad = bad.grad = torch.ones(shape)
+    if which == "state":
+        opt.step()
+        opt.state[bad]["exp_avg"] = torch.zeros(1, 3).expand(shape)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step()
+    assert same_bits(before, snapshot(opt))
+
+
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])
 def test_misaligned_gradients_give_the_same_bits(

@@ -1058,6 +1058,24 @@ else:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("grown", [False, True], ids=["first_step", "new_parameter"])
+def test_refused_capture_leaves_no_state(
+    grown: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, params = two_groups(backend)
+    if grown:
+        new = params[1].grad
+        params[1].grad = None
+        opt.step()
+        params[1].grad = new
+    before, owners = snapshot(opt), set(opt.state)
+    monkeypatch.setattr(maxva_kernels.optimizers, "_is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="Run a step before the capture"):
+        opt.step()
+    assert same_bits(before, snapshot(opt))
+    assert set(opt.state) == owners
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_kernels_follow_the_reference_for_many_steps(
     seed: int, kernel: str, algorithm: str
