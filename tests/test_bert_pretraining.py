@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,7 +207,42 @@ def test_overwrite_deletes_the_run_and_nothing_else(
         (out / name).touch()
     (out / "notes.txt").write_text("keep me")
     example.pretrain._delete_run(out)
-    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    # the lock is the new run's by then
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "notes.txt"]
+
+
+def test_one_process_at_a_time_works_in_a_folder(
+    undisturbed: SimpleNamespace, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed.out, out)
+    script = (
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import files, pathlib\n"
+        "with files.owned(pathlib.Path(sys.argv[1])):\n"
+        "    print('owned', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "owned\n"
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+        for argv in (["--out", str(out), "--resume"], arguments(corpus_file, out, "--overwrite")):
+            assert "another process is at work" in error_of(capsys, argv)
+        assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    finally:
+        other.kill()
+        other.communicate()
+    # a killed process keeps nobody out, nor does its lock alone make a folder one of a run
+    assert example.pretrain.main(arguments(corpus_file, out, "--overwrite")) == 0
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / ".lock").touch()
+    assert example.pretrain.main(arguments(corpus_file, left)) == 0
+    assert_same_training(newest_state(left), newest_state(out))
 
 
 # Checkpoints and other files.

@@ -265,7 +265,7 @@ def _machine() -> str:
 def _refuse_foreign(out: Path) -> None:
     """Raises a UserError if `out` is a folder of something else."""
     study = (out / STUDY).is_file()
-    if not study and out.is_dir() and not all(map(files.is_leftover, out.iterdir())):
+    if not study and not files.is_free(out):
         raise UserError(f"--out: {out} is not empty and holds no study; give another folder.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,8 +87,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what `locked`, or a killed `write_atomically`, leaves in a folder."""
+    """Whether a file is what a lock or a killed `write_atomically` leaves in a folder."""
     return path.name == LOCK or path.name.startswith(TEMPORARY)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is missing, or holds leftovers alone."""
+    return not folder.is_dir() or all(map(is_leftover, folder.iterdir()))
 
 
 @contextmanager
@@ -103,5 +109,29 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--out: another process is at work in {folder}.") from error
+            raise _at_work(folder) from error
         yield file.fileno()
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """As `locked`, but for this process alone: what it has started may outlive it.
+
+    Keeps nobody out where the platform or the file system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _at_work(folder) from error
+        yield
+
+
+def _at_work(folder: Path) -> UserError:
+    return UserError(f"--out: another process is at work in {folder}.")

@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import checkpoint
 import devices
+import files
 import numpy as np
 import recipes
 import report
@@ -25,7 +27,6 @@ import texts
 import torch
 from data import IGNORED_LABEL, PretrainingExamples
 from errors import DivergedError, UserError, exit_status
-from files import TEMPORARY
 from loader import Loader
 from model import PretrainingLosses, decay_groups
 from optimizers import build_optimizer, schedule, telemetry
@@ -414,11 +415,11 @@ def _evaluate(run: Run, progress: Progress) -> None:
     progress.evaluated(run.step, mlm, run.held_out_nsp_accuracy)
 
 
-def _prepare(ranks: Ranks, argv: Sequence[str] | None) -> Run:
+def _prepare(ranks: Ranks, argv: Sequence[str] | None, held: ExitStack) -> Run:
     tensors: dict[str, Any] = {name: {} for name in _TENSORS}
 
     def read() -> tuple[dict[str, Any], dict[str, Any] | None]:
-        settings, state = _settings_and_state(ranks, argv)
+        settings, state = _settings_and_state(ranks, argv, held)
         if state:
             tensors.update((name, state.pop(name)) for name in _TENSORS)
         return settings, state
@@ -429,12 +430,12 @@ def _prepare(ranks: Ranks, argv: Sequence[str] | None) -> Run:
     settings["threads"] = torch.get_num_threads()
     run = Run(ranks, settings, state, tensors)
     if not state:
-        ranks.from_first(lambda: _make_folder(run))
+        ranks.from_first(lambda: _make_folder(run, held))
     return run
 
 
 def _settings_and_state(
-    ranks: Ranks, argv: Sequence[str] | None
+    ranks: Ranks, argv: Sequence[str] | None, held: ExitStack
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     settings, explicit = parse_settings(argv)
     out: Path = settings["out"]
@@ -442,12 +443,14 @@ def _settings_and_state(
         raise UserError(f"--out: {out} is a file, not a folder.")
     state = None
     if settings["resume"]:
+        if checkpoint.checkpoints(out):
+            held.enter_context(files.owned(out))
         state, path, damaged = checkpoint.load_latest(out)
         for aside in damaged:
             print(f"passed over a damaged checkpoint, now {aside}", file=sys.stderr)
         settings = resumed_settings(settings, explicit, state["settings"])
         print(f"resuming from {path} at step {state['step']}")
-    elif not settings["overwrite"] and out.is_dir() and any(out.iterdir()):
+    elif not settings["overwrite"] and not files.is_free(out):
         raise UserError(
             f"--out: {out} is not empty; give --resume to go on with the run in it, --overwrite "
             "to delete that run, or another folder."
@@ -456,17 +459,18 @@ def _settings_and_state(
     return settings, state
 
 
-def _make_folder(run: Run) -> None:
+def _make_folder(run: Run, held: ExitStack) -> None:
+    run.out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(files.owned(run.out))
     if run.settings["overwrite"]:
         _delete_run(run.out)
-    run.out.mkdir(parents=True, exist_ok=True)
     run.texts.tokenizer.save(str(run.out / TOKENIZER))
 
 
 def _delete_run(out: Path) -> None:
     """Deletes what a run writes, nothing else."""
     names = [PLOT, TELEMETRY_PLOT, METRICS, TOKENIZER, checkpoint.TEMPORARY]
-    patterns = ("checkpoint*.pt", "checkpoint*.pt.damaged", f"{TEMPORARY}*")
+    patterns = ("checkpoint*.pt", "checkpoint*.pt.damaged", f"{files.TEMPORARY}*")
     found = [path for pattern in patterns for path in out.glob(pattern)]
     for path in [*(out / name for name in names), *found]:
         path.unlink(missing_ok=True)
@@ -492,9 +496,9 @@ def _report(run: Run, saved: Path, stopped_by: signal.Signals | None) -> None:
     print(report.summary(metrics))
 
 
-def _run(ranks: Ranks, argv: Sequence[str] | None) -> int:
+def _run(ranks: Ranks, argv: Sequence[str] | None, held: ExitStack) -> int:
     try:
-        run = _prepare(ranks, argv)
+        run = _prepare(ranks, argv, held)
         # A signal that comes to one process late must not end it while the others wait for it.
         with StopFlag() as stop:
             try:
@@ -512,8 +516,8 @@ def _run(ranks: Ranks, argv: Sequence[str] | None) -> int:
 
 
 def _run_together(argv: Sequence[str] | None) -> int:
-    with Ranks() as ranks:
-        status = _run(ranks, argv)
+    with Ranks() as ranks, ExitStack() as held:
+        status = _run(ranks, argv, held)
         # torchrun ends the other processes as soon as one has failed.
         ranks.wait()
     return status
