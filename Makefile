@@ -26,12 +26,12 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
-.PHONY: help test test-external test-failure pretrain compare reproduce compact-study profile bench wheel gpu lint clean
+.PHONY: help test test-external test-failure test-oldest-triton pretrain compare reproduce compact-study profile bench wheel gpu lint clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | sed -n '1,8p'
-	@echo "Targets: test, test-external, test-failure, pretrain, compare, reproduce, compact-study,"
-	@echo "  profile, bench, wheel, gpu, lint, clean"
+	@echo "Targets: test, test-external, test-failure, test-oldest-triton, pretrain, compare,"
+	@echo "  reproduce, compact-study, profile, bench, wheel, gpu, lint, clean"
 
 $(STAMPS)/dependencies: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -65,6 +65,16 @@ test-external: $(STAMPS)/extension
 # processes killed at random moments, more often than `make test` does it
 test-failure: $(STAMPS)/extension
 	MAXVA_FAILURE_TRIALS=20 $(PY) -m pytest tests/test_failure.py $(ARGS)
+
+# the Triton kernels with the Triton of torch 2.11, whose interpreter needs an older NumPy
+OLDEST_TRITON := 3.6.0
+build/triton-$(OLDEST_TRITON): | $(STAMPS)/extension
+	$(PIP) --no-deps --target $@.tmp triton==$(OLDEST_TRITON) "numpy<2.4" && mv $@.tmp $@
+test-oldest-triton: build/triton-$(OLDEST_TRITON)
+	export PYTHONPATH=$(CURDIR)/$< && \
+	  $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton' && \
+	  $(PY) -m pytest tests/test_triton.py tests/test_triton_packed.py \
+	    tests/test_triton_compilation.py $(ARGS)
 
 pretrain: $(STAMPS)/extension
 	$(PY) $(if $(PROCS),-m torch.distributed.run --standalone --nproc-per-node $(PROCS)) examples/bert_pretraining/pretrain.py $(ARGS)

@@ -36,11 +36,15 @@ def compact_problem(
     seed: int = 0,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """The reference in the midst of training, gradients set; a twentieth has no observation yet.
+    """The reference in the midst of training, gradients set.
+
+    A twentieth has no observation yet, and another one w = 1, where all end: the sign of a zero
+    tells the one from the other.
 
     Where a gradient happens to repeat the mean, beta is ill-conditioned: such ones are doubled.
     """
     generator = torch.Generator().manual_seed(seed)
+    for_full = torch.Generator().manual_seed(seed + 1)
     params = [
         Parameter(in_layout(torch.randn(shape, generator=generator).to(dtype), layout))
         for shape in shapes
@@ -56,7 +60,12 @@ def compact_problem(
     for p in params if history else ():
         state = opt.state[p]
         unseen = torch.rand(p.shape, generator=generator) < 0.05
-        state["maxva_packed"].masked_fill_(unseen, 0)
+        packed = state["maxva_packed"]
+        packed.masked_fill_(unseen, 0)
+        full = torch.rand(p.shape, generator=for_full) < 0.05
+        width = 8 if packed.dtype == torch.int32 else 16  # of x, the highest slot
+        zero = torch.iinfo(packed.dtype).min  # -0.0
+        packed.copy_(torch.where(full & ~unseen, packed & ~(-1 << 3 * width) | zero, packed))
         mean = sign * decoded(opt, p).mean
         p.grad.mul_(torch.where((p.grad - mean).abs() < 0.1 * p.grad.abs(), 2, 1))
     return opt

@@ -202,8 +202,12 @@ def make_batch(
     seed: int = 0,
     **changes: float,
 ) -> Batch:
-    """Parameters with compact states in the midst of training, or fresh ones."""
+    """Parameters with compact states in the midst of training, or fresh ones.
+
+    A tenth has w = 1, where all end: the sign of a zero tells it from w = 0.
+    """
     generator = torch.Generator().manual_seed(seed)
+    for_full = torch.Generator().manual_seed(seed + 1)
     batch = Batch(torch.device("cpu"), group_sizes=[len(shapes)], lr=[None], hyper=hyper(**changes))
     for k, shape in enumerate(shapes):
         scale = 10 ** (3 * torch.rand(shape, generator=generator) - 3)
@@ -211,6 +215,7 @@ def make_batch(
         sd = scale * torch.rand(shape, generator=generator).clamp(min=0.1)
         g = mean + 2 * sd * torch.randn(shape, generator=generator)
         w = torch.rand(shape, generator=generator)
+        w.masked_fill_(torch.rand(shape, generator=for_full) < 0.1, 1.0)
         unit = mean.abs() + sd if algorithm == "madam" else 1.0
         m = unit * torch.randn(shape, generator=generator)
         root = (mean.square() + sd.square()).sqrt() * (0.5 + w)

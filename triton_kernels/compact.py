@@ -145,8 +145,12 @@ def unsigned_value(code, scale):
 
 @triton.jit
 def fold(w):
-    """x: w up to 1/2, -(1 - w) above, so that both ends are exact and dense; -0.0 is w = 1."""
-    return tl.where(w <= 0.5, w, -(1.0 - w))
+    """x: w up to 1/2, -(1 - w) above, so that both ends are exact and dense; -0.0 is w = 1.
+
+    By the sign's bit, as Triton 3.6 takes a negation for 0 - x, which has no -0.0.
+    """
+    magnitude = tl.where(w <= 0.5, w, 1.0 - w)
+    return float_from_bits(bits_of(magnitude) | (bits_of(0.5 - w) & 0x80000000))
 
 
 @triton.jit
