@@ -149,8 +149,7 @@ def fold(w):
 
     By the sign's bit, as Triton 3.6 takes a negation for 0 - x, which has no -0.0.
     """
-    magnitude = tl.where(w <= 0.5, w, 1.0 - w)
-    return float_from_bits(bits_of(magnitude) | (bits_of(0.5 - w) & 0x80000000))
+    return tl.where(w <= 0.5, w, float_from_bits(bits_of(1.0 - w) | 0x80000000))
 
 
 @triton.jit
