@@ -69,6 +69,7 @@ test-failure: $(STAMPS)/extension
 # the Triton kernels with the Triton of torch 2.11, whose interpreter needs an older NumPy
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON): | $(STAMPS)/extension
+	rm -rf $@.tmp  # of a run that was cut off
 	$(PIP) --no-deps --target $@.tmp triton==$(OLDEST_TRITON) "numpy<2.4" && mv $@.tmp $@
 test-oldest-triton: build/triton-$(OLDEST_TRITON)
 	export PYTHONPATH=$(CURDIR)/$< && \
