@@ -35,6 +35,7 @@ class Rounding(NamedTuple):
 
 NEAREST = Rounding(seed=0, parameter=-1, offset=0, inner_local=1, inner_global=1, theta=0)
 ROUNDING_FIELDS = tl.constexpr(len(Rounding._fields))
+PHILOX_ROUNDS = tl.constexpr(7)  # kPhiloxRounds of csrc/philox.h
 
 
 def rows_of(flat: Sequence[int]) -> list[Rounding]:
@@ -75,8 +76,9 @@ def load_random_bits(row, numel, t):
 def words_of_call(random, call):
     """The four uint32 words of int64 `call`."""
     return tl.philox(
-        random.seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), random.parameter, random.t
-    )
+        random.seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), random.parameter, random.t,
+        n_rounds=PHILOX_ROUNDS,
+    )  # fmt: skip
 
 
 @triton.jit
