@@ -11,10 +11,11 @@
 namespace maxva {
 
 // Note [Compact states]
-// Slots of a word: 0: r, the momentum in units of |mean| + sd (LaMAdam: the momentum); 1: mean =
-// u/w; 2: sd = sqrt(v/w - mean^2); 3: x, which is w folded at 1/2 so that 0 and 1 are both exact.
-// kInt8: byte k of an int32; the amsgrad maximum's root is one more byte in a list of its own.
-// kBFloat16: bits 16 k and so on of an int64, and a bfloat16.
+// Slots of a word: 0: m; 1: mean = u/w; 2: var = v/w - mean^2; 3: x, which is w folded at 1/2 so
+// that 0 and 1 are both exact. The amsgrad maximum is in a list of its own.
+// kBFloat16: bits 16 k and so on of an int64; the maximum a bfloat16.
+// kInt8: byte k of an int32, and a byte. Its codes span 16 binades, so it has sd = sqrt(var) and
+// the maximum's root instead, and of MAdam r = m / (|mean| + sd).
 // A block of kStateBlock elements, or the shorter end of a row of dimension 0, shares four scales
 // of kInt8: powers of two whose biased exponents are the bytes of one int32 (r, mean, sd, root).
 enum class Packing { kInt8, kBFloat16 };
@@ -37,23 +38,29 @@ struct CodeConstants {
   uint32_t around_signed = 0x88000080u, around_unsigned = 0x10000080u;  // see Note [Codes]
 };
 
-// The random bits of slot k: its 16-bit window of the element's word.
-template <int kSlot>
+// Window k of an element's word: 16 random bits, the bytes k and k + 1 (mod 4).
+template <int kWindow>
 MAXVA_INLINE uint32_t window(uint32_t word) {
-  return kSlot == 0 ? word : word >> (8 * kSlot % 32) | word << ((32 - 8 * kSlot) % 32);
+#if defined(__CUDA_ARCH__)
+  constexpr uint32_t first = kWindow, second = (kWindow + 1) % 4;
+  return __byte_perm(word, 0, 0x4400u | second << 4 | first);
+#else
+  if (kWindow == 2) return word >> 16;
+  return (kWindow == 3 ? word >> 24 | word << 8 : word >> (8 * kWindow)) & 0xFFFFu;
+#endif
 }
 
 // The window in bits 8 to 23, between bytes of `around`.
-template <int kSlot>
+template <int kWindow>
 MAXVA_INLINE uint32_t rounding_bits(uint32_t word, uint32_t around) {
 #if defined(__CUDA_ARCH__)
-  constexpr uint32_t first = kSlot, second = (kSlot + 1) % 4;
+  constexpr uint32_t first = kWindow, second = (kWindow + 1) % 4;
   return __byte_perm(word, around, 0x7004u | second << 8 | first << 4);
 #else
-  const uint32_t shifted = kSlot == 0   ? word << 8
-                           : kSlot == 1 ? word
-                           : kSlot == 2 ? word >> 8
-                                        : word >> 16 | word << 16;
+  const uint32_t shifted = kWindow == 0   ? word << 8
+                           : kWindow == 1 ? word
+                           : kWindow == 2 ? word >> 8
+                                          : word >> 16 | word << 16;
   return (shifted & 0x00FFFF00u) | around;
 #endif
 }
@@ -138,7 +145,7 @@ MAXVA_INLINE uint32_t fold_sign(float w) { return bits_of(0.5f - w); }
 
 MAXVA_INLINE float folded_weight(float w) { return with_sign_of(folded(w), fold_sign(w)); }
 
-// The momentum from what is stored of it.
+// kInt8: the momentum from what is stored of it.
 template <Algorithm kAlgorithm>
 MAXVA_INLINE float momentum(float r, float mean, float sd) {
   return kAlgorithm == Algorithm::kMAdam ? r * (std::fabs(mean) + sd) : r;
@@ -171,16 +178,16 @@ MAXVA_INLINE float inverse_scale(uint32_t exponent) {
 }
 
 // The code in the highest byte, anything below.
-template <int kSlot>
+template <int kWindow>
 MAXVA_INLINE uint32_t encoded_magnitude(float y, uint32_t word, const CodeConstants& constants) {
-  return (bits_of(y) << 4) + rounding_bits<kSlot>(word, constants.around_signed);
+  return (bits_of(y) << 4) + rounding_bits<kWindow>(word, constants.around_signed);
 }
 
-template <int kSlot, typename Ops>
+template <int kWindow, typename Ops>
 MAXVA_INLINE uint32_t encoded_signed(float value, float inverse, uint32_t word,
                                      const CodeConstants& constants = {}) {
   const float y = Ops::fma(std::fabs(value), inverse, kCodeBias);
-  return encoded_magnitude<kSlot>(y, word, constants) | (bits_of(value) & 0x80000000u);
+  return encoded_magnitude<kWindow>(y, word, constants) | (bits_of(value) & 0x80000000u);
 }
 
 // value: finite, >= 0.
@@ -205,17 +212,31 @@ MAXVA_INLINE uint32_t encoded_weight(float w, uint32_t word, const CodeConstants
   return code > 0x01000000u ? code : 0x01000000u;
 }
 
-// x, which is not NaN, rounded to bfloat16 as slot kSlot of its element; in the upper half, with
-// anything below.
-template <int kSlot>
-MAXVA_INLINE uint32_t rounded_to_bfloat16(float x, uint32_t word) {
-  return bits_of(x) + (window<kSlot>(word) & 0xFFFFu);
+// x rounded to bfloat16, in the upper half with anything below: from_compute, without a detour over
+// 16 bits.
+template <int kWindow>
+MAXVA_INLINE uint32_t bfloat16_bits(float x, uint32_t word) {
+  const uint32_t rounded = bits_of(x) + window<kWindow>(word);
+  return x == x ? rounded : 0x7FC00000u;
 }
 
-// As above, for every x and with zeros below: from_compute, without a detour over 16 bits.
-template <int kSlot>
-MAXVA_INLINE uint32_t bfloat16_bits(float x, uint32_t word) {
-  return (x == x ? rounded_to_bfloat16<kSlot>(x, word) : 0x7FC00000u) & 0xFFFF0000u;
+// Two such upper halves in one word.
+MAXVA_INLINE uint32_t packed_halves(uint32_t first, uint32_t second) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(first, second, 0x7632);
+#else
+  return first >> 16 | (second & 0xFFFF0000u);
+#endif
+}
+
+// m and mean, and var and x, of kBFloat16.
+MAXVA_INLINE uint32_t first_half_of_word(float m, float mean, uint32_t word) {
+  return packed_halves(bfloat16_bits<1>(m, word), bfloat16_bits<2>(mean, word));
+}
+MAXVA_INLINE uint32_t second_half_of_word(float var, float w, uint32_t word) {
+  // w is never NaN: observe_centered() bounds c
+  const uint32_t x = bits_of(folded_weight(w)) + window<0>(word);
+  return packed_halves(bfloat16_bits<3>(var, word), x);
 }
 
 // Four codes, each in a highest byte, in one word.

@@ -182,8 +182,11 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
   constexpr int kLanes = 4, kVectors = kCallsAtOnce / kLanes;
   const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
   const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
-  const __m256i key_step0 = _mm256_set1_epi64x(kPhiloxKeyStep0);
-  const __m256i key_step1 = _mm256_set1_epi64x(kPhiloxKeyStep1);
+  __m256i key0[kPhiloxRounds], key1[kPhiloxRounds];
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    key0[round] = _mm256_set1_epi64x(random.key0 + round * kPhiloxKeyStep0);
+    key1[round] = _mm256_set1_epi64x(random.key1 + round * kPhiloxKeyStep1);
+  }
   for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
     __m256i x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
     for (int j = 0; j < kVectors; ++j) {
@@ -194,18 +197,16 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
       x2[j] = _mm256_set1_epi64x(random.parameter);
       x3[j] = _mm256_set1_epi64x(random.t);
     }
-    __m256i key0 = _mm256_set1_epi64x(random.key0), key1 = _mm256_set1_epi64x(random.key1);
+#pragma GCC unroll 16
     for (int round = 0; round < kPhiloxRounds; ++round) {
       for (int j = 0; j < kVectors; ++j) {
         const __m256i a = _mm256_mul_epu32(x0[j], multiplier0);
         const __m256i b = _mm256_mul_epu32(x2[j], multiplier1);
-        x0[j] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(x1[j], key0));
-        x2[j] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(x3[j], key1));
+        x0[j] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(x1[j], key0[round]));
+        x2[j] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(x3[j], key1[round]));
         x1[j] = b;
         x3[j] = a;
       }
-      key0 = _mm256_add_epi32(key0, key_step0);
-      key1 = _mm256_add_epi32(key1, key_step1);
     }
     for (int j = 0; j < kVectors; ++j) {
       const __m256i x01 = _mm256_blend_epi32(x0[j], _mm256_slli_epi64(x1[j], 32), 0b10101010);
@@ -229,23 +230,24 @@ __attribute__((target("avx512f"))) inline void random_calls_avx512(const RandomB
   const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
   const __m512i first_half = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i second_half = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  __m512i key0[kPhiloxRounds], key1[kPhiloxRounds];
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    key0[round] = _mm512_set1_epi64(random.key0 + round * kPhiloxKeyStep0);
+    key1[round] = _mm512_set1_epi64(random.key1 + round * kPhiloxKeyStep1);
+  }
   for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
     __m512i x0 =
         _mm512_add_epi64(_mm512_set1_epi64(first + k), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
     __m512i x1 = _mm512_srli_epi64(x0, 32);
     __m512i x2 = _mm512_set1_epi64(random.parameter), x3 = _mm512_set1_epi64(random.t);
-    uint32_t key0 = random.key0, key1 = random.key1;
+#pragma GCC unroll 16
     for (int round = 0; round < kPhiloxRounds; ++round) {
       const __m512i a = _mm512_mul_epu32(x0, multiplier0);
       const __m512i b = _mm512_mul_epu32(x2, multiplier1);
-      x0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), x1, _mm512_set1_epi64(key0),
-                                     kXorOfThree);
-      x2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), x3, _mm512_set1_epi64(key1),
-                                     kXorOfThree);
+      x0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), x1, key0[round], kXorOfThree);
+      x2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), x3, key1[round], kXorOfThree);
       x1 = b;
       x3 = a;
-      key0 += kPhiloxKeyStep0;
-      key1 += kPhiloxKeyStep1;
     }
     const __m512i x01 = _mm512_mask_blend_epi32(0xAAAA, x0, _mm512_slli_epi64(x1, 32));
     const __m512i x23 = _mm512_mask_blend_epi32(0xAAAA, x2, _mm512_slli_epi64(x3, 32));

@@ -24,51 +24,40 @@ static_assert(kBlock == kStateBlock);
 
 // What a block's states are in between.
 struct Moments {
-  alignas(64) float m[kBlock];  // then r
+  alignas(64) float m[kBlock];  // of kInt8 then r, see finish_block
   alignas(64) float mean[kBlock];
-  alignas(64) float sd[kBlock];  // the variance before finish_block
+  alignas(64) float var[kBlock];  // then sd
   alignas(64) float w[kBlock];
-  alignas(64) float root[kBlock];  // amsgrad: of vmax, which it is before encode_maximum
+  alignas(64) float vmax[kBlock];  // amsgrad; then its root
 };
 
-template <Algorithm kAlgorithm>
-MAXVA_INLINE void decode_int8(const uint32_t* __restrict packed, uint32_t exponents,
-                              Moments& moments) {
-  const DecodingScale of_r = decoding_scale(exponents & 0xFFu);
-  const DecodingScale of_mean = decoding_scale(exponents >> 8 & 0xFFu);
-  const DecodingScale of_sd = decoding_scale(exponents >> 16 & 0xFFu);
-  const DecodingScale one = decoding_scale(127);
-  float* __restrict m = moments.m;
-  float* __restrict mean = moments.mean;
-  float* __restrict var = moments.sd;
-  float* __restrict w = moments.w;
-  MAXVA_WHOLE_BLOCK
-  for (int64_t i = 0; i < kBlock; ++i) {
-    const uint32_t word = packed[i];
-    const float mean_i = decoded_signed<1>(word, of_mean);
-    const float sd = decoded_unsigned(word, of_sd);
-    m[i] = momentum<kAlgorithm>(decoded_signed<0>(word, of_r), mean_i, sd);
-    mean[i] = mean_i;
-    var[i] = sd * sd;
-    w[i] = unfolded(decoded_magnitude_at<3>(word, one, {}), word);
-  }
-}
+// Of a block of kInt8.
+struct DecodingScales {
+  DecodingScale r, mean, sd, x = decoding_scale(127);
 
-// The word's halves are worked with as they are: the lower one is first in memory.
-template <Algorithm kAlgorithm>
-MAXVA_INLINE void decode_bfloat16(const uint32_t* __restrict packed, Moments& moments) {
-  float* __restrict m = moments.m;
-  float* __restrict mean = moments.mean;
-  float* __restrict var = moments.sd;
-  float* __restrict w = moments.w;
-  MAXVA_WHOLE_BLOCK
-  for (int64_t i = 0; i < kBlock; ++i) {
+  explicit DecodingScales(uint32_t exponents)
+      : r(decoding_scale(exponents & 0xFFu)),
+        mean(decoding_scale(exponents >> 8 & 0xFFu)),
+        sd(decoding_scale(exponents >> 16 & 0xFFu)) {}
+};
+
+template <Packing kPacking, Algorithm kAlgorithm>
+MAXVA_INLINE void decode(const uint32_t* __restrict packed, int64_t i, const DecodingScales& scales,
+                         float& m, float& mean, float& var, float& w) {
+  if constexpr (kPacking == Packing::kInt8) {
+    const uint32_t word = packed[i];
+    mean = decoded_signed<1>(word, scales.mean);
+    const float sd = decoded_unsigned(word, scales.sd);
+    m = momentum<kAlgorithm>(decoded_signed<0>(word, scales.r), mean, sd);
+    var = sd * sd;
+    w = unfolded(decoded_magnitude_at<3>(word, scales.x, {}), word);
+  } else {
+    // the word's halves as they are: the lower one is first in memory
     const uint32_t low = packed[2 * i], high = packed[2 * i + 1];
-    const float mean_i = float_from_bits(low & 0xFFFF0000u), sd = float_from_bits(high << 16);
-    m[i] = momentum<kAlgorithm>(float_from_bits(low << 16), mean_i, sd);
-    mean[i] = mean_i;
-    var[i] = sd * sd;
-    w[i] = unfolded(float_from_bits(high & 0x7FFF0000u), high);
+    m = float_from_bits(low << 16);
+    mean = float_from_bits(low & 0xFFFF0000u);
+    var = float_from_bits(high << 16);
+    w = unfolded(float_from_bits(high & 0x7FFF0000u), high);
   }
 }
 
@@ -81,13 +70,12 @@ MAXVA_INLINE void decode_maximum(const StoredMaximum<kPacking>* __restrict maxim
   const DecodingScale scale = decoding_scale(exponent);
   MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
-    float root;
     if constexpr (kPacking == Packing::kInt8) {
-      root = decoded_unsigned(uint32_t{maximum[i]} << 16, scale);
+      const float root = decoded_unsigned(uint32_t{maximum[i]} << 16, scale);
+      vmax[i] = root * root;
     } else {
-      root = to_compute(maximum[i]);
+      vmax[i] = to_compute(maximum[i]);
     }
-    vmax[i] = root * root;
   }
 }
 
@@ -98,12 +86,12 @@ struct Largest {
   MAXVA_INLINE bool finite() const { return std::max({r, mean, sd}) < 0x7F800000; }
 };
 
-// Leaves in the buffers what is encoded: r, mean, sd.
+// Leaves in the buffers what kInt8 encodes: r, mean, sd.
 template <Algorithm kAlgorithm, typename Ops>
 MAXVA_INLINE Largest finish_block(Moments& moments) {
   float* __restrict m = moments.m;
   const float* __restrict mean = moments.mean;
-  float* __restrict sd = moments.sd;
+  float* __restrict sd = moments.var;
   int32_t of_r = 0, of_mean = 0, of_sd = 0;
   MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
@@ -120,16 +108,17 @@ MAXVA_INLINE Largest finish_block(Moments& moments) {
 
 // Where an element has no code: r = mean = 0 and sd NaN. Returns the maxima of the others.
 inline Largest without_nonfinite(Moments& moments) {
+  float *const r = moments.m, *const mean = moments.mean, *const sd = moments.var;
   Largest largest;
   for (int64_t i = 0; i < kBlock; ++i) {
-    if (!is_finite(moments.m[i]) || !is_finite(moments.mean[i]) || !is_finite(moments.sd[i])) {
-      moments.m[i] = moments.mean[i] = 0.0f;
-      moments.sd[i] = NAN;
+    if (!is_finite(r[i]) || !is_finite(mean[i]) || !is_finite(sd[i])) {
+      r[i] = mean[i] = 0.0f;
+      sd[i] = NAN;
       continue;
     }
-    largest.r = std::max(largest.r, magnitude_bits(moments.m[i]));
-    largest.mean = std::max(largest.mean, magnitude_bits(moments.mean[i]));
-    largest.sd = std::max(largest.sd, magnitude_bits(moments.sd[i]));
+    largest.r = std::max(largest.r, magnitude_bits(r[i]));
+    largest.mean = std::max(largest.mean, magnitude_bits(mean[i]));
+    largest.sd = std::max(largest.sd, magnitude_bits(sd[i]));
   }
   return largest;
 }
@@ -143,7 +132,7 @@ MAXVA_INLINE void encode_int8(const Moments& moments, uint32_t exponents,
   const float for_sd = inverse_scale(exponents >> 16 & 0xFFu);
   const float* __restrict r = moments.m;
   const float* __restrict mean = moments.mean;
-  const float* __restrict sd = moments.sd;
+  const float* __restrict sd = moments.var;
   const float* __restrict w = moments.w;
   MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
@@ -155,34 +144,12 @@ MAXVA_INLINE void encode_int8(const Moments& moments, uint32_t exponents,
   }
 }
 
-// kFinite: as above.
-template <bool kFinite>
-MAXVA_INLINE void encode_bfloat16(const Moments& moments, const uint32_t* __restrict words,
-                                  uint32_t* __restrict packed) {
-  const float* __restrict r = moments.m;
-  const float* __restrict mean = moments.mean;
-  const float* __restrict sd = moments.sd;
-  const float* __restrict w = moments.w;
-  MAXVA_WHOLE_BLOCK
-  for (int64_t i = 0; i < kBlock; ++i) {
-    const float x = folded_weight(w[i]);
-    if constexpr (kFinite) {
-      packed[2 * i] = rounded_to_bfloat16<1>(r[i], words[i]) >> 16 |
-                      (rounded_to_bfloat16<2>(mean[i], words[i]) & 0xFFFF0000u);
-      packed[2 * i + 1] = rounded_to_bfloat16<3>(sd[i], words[i]) >> 16 |
-                          (rounded_to_bfloat16<0>(x, words[i]) & 0xFFFF0000u);
-    } else {
-      packed[2 * i] = bfloat16_bits<1>(r[i], words[i]) >> 16 | bfloat16_bits<2>(mean[i], words[i]);
-      packed[2 * i + 1] = bfloat16_bits<3>(sd[i], words[i]) >> 16 | bfloat16_bits<0>(x, words[i]);
-    }
-  }
-}
-
 // Returns the exponent of the scale.
 template <Packing kPacking, typename Ops>
-MAXVA_INLINE uint32_t encode_maximum(float* __restrict root, const uint32_t* __restrict words,
+MAXVA_INLINE uint32_t encode_maximum(float* __restrict vmax, const uint32_t* __restrict words,
                                      StoredMaximum<kPacking>* __restrict maximum) {
   if constexpr (kPacking == Packing::kInt8) {
+    float* __restrict root = vmax;
     MAXVA_WHOLE_BLOCK
     for (int64_t i = 0; i < kBlock; ++i) {
       const float x = std::sqrt(root[i]);
@@ -206,7 +173,7 @@ MAXVA_INLINE uint32_t encode_maximum(float* __restrict root, const uint32_t* __r
   } else {
     MAXVA_WHOLE_BLOCK
     for (int64_t i = 0; i < kBlock; ++i) {
-      maximum[i].bits = static_cast<uint16_t>(bfloat16_bits<3>(std::sqrt(root[i]), words[i]) >> 16);
+      maximum[i].bits = static_cast<uint16_t>(bfloat16_bits<3>(vmax[i], words[i]) >> 16);
     }
     return 0;
   }
@@ -220,35 +187,43 @@ MAXVA_INLINE Scalars<float> scalars_of(const Scalars<float>& scalars) {
   return s;
 }
 
-// Leaves, unless kPlain, the observed gradient in g and 1 - beta_t in c.
-template <bool kPlain, typename Ops>
-MAXVA_INLINE void observe_block(const float* __restrict g_raw, const float* __restrict theta,
+// Decodes and observes. Leaves, unless kPlain, the observed gradient in g and 1 - beta_t in c.
+template <bool kPlain, Packing kPacking, Algorithm kAlgorithm, typename Ops>
+MAXVA_INLINE void observe_block(const uint32_t* __restrict packed, uint32_t exponents,
+                                const float* __restrict g_raw, const float* __restrict theta,
                                 float* __restrict g, Moments& moments, float* __restrict c,
                                 const Scalars<float>& scalars) {
   const Scalars<float> s = scalars_of<kPlain>(scalars);
+  const DecodingScales scales(exponents);
+  float* __restrict m = moments.m;
   float* __restrict mean = moments.mean;
-  float* __restrict var = moments.sd;
+  float* __restrict var = moments.var;
   float* __restrict w = moments.w;
   MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const float gi = observed_gradient<Ops>(g_raw[i], kPlain ? 0.0f : theta[i], s);
-    float mean_i = mean[i], var_i = var[i], wi = w[i];
+    float mi, mean_i, var_i, wi;
+    decode<kPacking, kAlgorithm>(packed, i, scales, mi, mean_i, var_i, wi);
     const float ci = observe_centered<Ops>(gi, mean_i, var_i, wi, s);
     if constexpr (!kPlain) c[i] = ci, g[i] = gi;
-    mean[i] = mean_i, var[i] = var_i, w[i] = wi;
+    m[i] = mi, mean[i] = mean_i, var[i] = var_i, w[i] = wi;
   }
 }
 
-// Moves m and vmax, and theta unless kPhase is kStates. Leaves in `update` the one whose norm is
-// wanted in kStates, else (but not with kPlain) the lengths of the steps.
-template <bool kPlain, Phase kPhase, Algorithm kAlgorithm, bool kAmsgrad, typename Ops>
+// Moves m and vmax, and theta unless kPhase is kStates, and encodes what needs no scale. Leaves in
+// `update` the one whose norm is wanted in kStates, else (but not with kPlain) the lengths of the
+// steps.
+template <bool kPlain, Phase kPhase, Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad,
+          typename Ops>
 MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta, Moments& moments,
+                             const uint32_t* __restrict words, uint32_t* __restrict packed,
                              float* __restrict update, const Scalars<float>& scalars) {
   const Scalars<float> s = scalars_of<kPlain>(scalars);
   float* __restrict m = moments.m;
-  float* __restrict vmax = moments.root;
+  float* __restrict vmax = moments.vmax;
   const float* __restrict mean = moments.mean;
-  const float* __restrict var = moments.sd;
+  const float* __restrict var = moments.var;
+  const float* __restrict w = moments.w;
   MAXVA_WHOLE_BLOCK
   for (int64_t i = 0; i < kBlock; ++i) {
     const float vhat = Ops::fma(mean[i], mean[i], var[i]);
@@ -263,7 +238,12 @@ MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta,
       theta[i] = moved_parameter<Ops>(theta[i], step, s);
       if constexpr (!kPlain) update[i] = step_length(step, s);
     }
-    m[i] = mi;
+    if constexpr (kPacking == Packing::kInt8) {
+      m[i] = mi;
+    } else if constexpr (kPhase != Phase::kStates) {
+      packed[2 * i] = first_half_of_word(mi, mean[i], words[i]);
+      packed[2 * i + 1] = second_half_of_word(var[i], w[i], words[i]);
+    }
     if constexpr (kAmsgrad) vmax[i] = maximum;
   }
 }
@@ -324,57 +304,49 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
     }
     uint32_t* const packed = packed_block_of.load(view.packed, first, n);
     const uint32_t exponents = kInt8 ? view.scale[block] : 0;
-    if constexpr (kInt8) {
-      decode_int8<kAlgorithm>(packed, exponents, moments);
-    } else {
-      decode_bfloat16<kAlgorithm>(packed, moments);
-    }
     StoredMaximum<kPacking>* maximum = nullptr;
     if constexpr (kAmsgrad) {
       maximum = maximum_block_of.load(view.maximum, first, n);
-      decode_maximum<kPacking>(maximum, exponents >> 24, moments.root);
+      decode_maximum<kPacking>(maximum, exponents >> 24, moments.vmax);
     }
+    plain ? observe_block<true, kPacking, kAlgorithm, Ops>(packed, exponents, g_raw, theta,
+                                                           observed.values, moments, c, s)
+          : observe_block<false, kPacking, kAlgorithm, Ops>(packed, exponents, g_raw, theta,
+                                                            observed.values, moments, c, s);
+    const uint32_t* words = nullptr;
+    if (!kInt8 && !states) words = random_block<Ops>(*view.random, first, n, words_buffer);
     if (plain) {
-      observe_block<true, Ops>(g_raw, theta, observed.values, moments, c, s);
-      move_block<true, Phase::kWhole, kAlgorithm, kAmsgrad, Ops>(g_raw, theta, moments, update, s);
+      move_block<true, Phase::kWhole, kPacking, kAlgorithm, kAmsgrad, Ops>(
+          g_raw, theta, moments, words, packed, update, s);
+    } else if (states) {
+      move_block<false, Phase::kStates, kPacking, kAlgorithm, kAmsgrad, Ops>(
+          observed.values, theta, moments, words, packed, update, s);
+      sums.theta += sum_of_squares_of(theta, n);
+      sums.update += sum_of_squares_of(update, n);
     } else {
-      observe_block<false, Ops>(g_raw, theta, observed.values, moments, c, s);
-      if (states) {
-        move_block<false, Phase::kStates, kAlgorithm, kAmsgrad, Ops>(observed.values, theta,
-                                                                     moments, update, s);
-        sums.theta += sum_of_squares_of(theta, n);
-        sums.update += sum_of_squares_of(update, n);
-      } else {
-        move_block<false, Phase::kWhole, kAlgorithm, kAmsgrad, Ops>(observed.values, theta, moments,
-                                                                    update, s);
-      }
+      move_block<false, Phase::kWhole, kPacking, kAlgorithm, kAmsgrad, Ops>(
+          observed.values, theta, moments, words, packed, update, s);
     }
     if (collect) Ops::add_statistics(c, update, g_raw, n, s, statistics);
     if (states) continue;
-    const uint32_t* const words = random_block<Ops>(*view.random, first, n, words_buffer);
-    Largest largest = finish_block<kAlgorithm, Ops>(moments);
-    const bool finite = largest.finite();
+    uint32_t encoded = 0;
     if constexpr (kInt8) {
+      words = random_block<Ops>(*view.random, first, n, words_buffer);  // earlier is slower
+      Largest largest = finish_block<kAlgorithm, Ops>(moments);
+      const bool finite = largest.finite();
       if (!finite) largest = without_nonfinite(moments);
-      uint32_t encoded = scale_exponent(largest.r) | scale_exponent(largest.mean) << 8 |
-                         scale_exponent(largest.sd) << 16;
+      encoded = scale_exponent(largest.r) | scale_exponent(largest.mean) << 8 |
+                scale_exponent(largest.sd) << 16;
       if (finite) {
         encode_int8<true, Ops>(moments, encoded, words, packed);
       } else {
         encode_int8<false, Ops>(moments, encoded, words, packed);
       }
-      if constexpr (kAmsgrad) {
-        encoded |= encode_maximum<kPacking, Ops>(moments.root, words, maximum) << 24;
-      }
-      view.scale[block] = encoded;
-    } else {
-      if (finite) {
-        encode_bfloat16<true>(moments, words, packed);
-      } else {
-        encode_bfloat16<false>(moments, words, packed);
-      }
-      if constexpr (kAmsgrad) encode_maximum<kPacking, Ops>(moments.root, words, maximum);
     }
+    if constexpr (kAmsgrad) {
+      encoded |= encode_maximum<kPacking, Ops>(moments.vmax, words, maximum) << 24;
+    }
+    if constexpr (kInt8) view.scale[block] = encoded;
     packed_block_of.store(view.packed, first, n);
     if constexpr (kAmsgrad) maximum_block_of.store(view.maximum, first, n);
     if (frozen) continue;

@@ -132,12 +132,13 @@ MAXVA_THREAD_CODE void prefetch_lane(const PackedState& block, int index, int of
 #endif
 }
 
-// A lane's elements between decoding and encoding; sd is the variance until finish_lane.
+// A lane's elements between decoding and encoding; finish_lane makes r, sd and root of m, var and
+// vmax.
 struct LaneMoments {
-  float r[kVector], mean[kVector], sd[kVector], w[kVector], root[kVector], theta[kVector];
+  float m[kVector], mean[kVector], var[kVector], w[kVector], vmax[kVector], theta[kVector];
 };
 
-// The largest magnitudes: of a lane, then of the warp.
+// What kInt8 scales blocks by, the largest magnitudes: of a lane, then of the warp.
 struct Largest {
   float r = 0, mean = 0, sd = 0, root = 0;
 };
@@ -153,22 +154,21 @@ MAXVA_THREAD_CODE float larger(float a, float b) {
 template <Packing kPacking, Algorithm kAlgorithm>
 MAXVA_THREAD_CODE void decode_element(Word<kPacking> word, uint32_t exponents,
                                       const CodeConstants& constants, int k, LaneMoments& lane) {
-  float r, mean, sd, w;
   if constexpr (kPacking == Packing::kInt8) {
-    r = decoded_signed<0>(word, decoding_scale(exponents & 0xFFu), constants);
-    mean = decoded_signed<1>(word, decoding_scale(exponents >> 8 & 0xFFu), constants);
-    sd = decoded_unsigned(word, decoding_scale(exponents >> 16 & 0xFFu), constants);
-    w = unfolded(decoded_magnitude_at<3>(word, decoding_scale(127), constants), word);
+    const float r = decoded_signed<0>(word, decoding_scale(exponents & 0xFFu), constants);
+    const float mean = decoded_signed<1>(word, decoding_scale(exponents >> 8 & 0xFFu), constants);
+    const float sd = decoded_unsigned(word, decoding_scale(exponents >> 16 & 0xFFu), constants);
+    lane.m[k] = momentum<kAlgorithm>(r, mean, sd);
+    lane.mean[k] = mean;
+    lane.var[k] = sd * sd;
+    lane.w[k] = unfolded(decoded_magnitude_at<3>(word, decoding_scale(127), constants), word);
   } else {
     const auto low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
-    r = float_from_bits(low << 16), mean = float_from_bits(low & 0xFFFF0000u);
-    sd = float_from_bits(high << 16);
-    w = unfolded(float_from_bits(high & 0x7FFF0000u), high);
+    lane.m[k] = float_from_bits(low << 16);
+    lane.mean[k] = float_from_bits(low & 0xFFFF0000u);
+    lane.var[k] = float_from_bits(high << 16);
+    lane.w[k] = unfolded(float_from_bits(high & 0x7FFF0000u), high);
   }
-  lane.r[k] = momentum<kAlgorithm>(r, mean, sd);
-  lane.mean[k] = mean;
-  lane.sd[k] = sd * sd;
-  lane.w[k] = w;
 }
 
 // Decodes and moves a lane's elements, states and parameters, in registers. With kStates nothing is
@@ -210,30 +210,29 @@ MAXVA_THREAD_CODE void move_lane(const PackedState& block, int index, const Lane
     decode_element<kPacking, kAlgorithm>(words.x[k], exponents, constants, k, lane);
     float vmax = 0.0f;
     if constexpr (kAmsgrad) {
-      float root;
       if constexpr (kPacking == Packing::kInt8) {
-        root = decoded_unsigned(uint32_t{maxima.x[k]} << 16, decoding_scale(exponents >> 24),
-                                constants);
+        const float root = decoded_unsigned(uint32_t{maxima.x[k]} << 16,
+                                            decoding_scale(exponents >> 24), constants);
+        vmax = root * root;
       } else {
-        root = to_compute(maxima.x[k]);
+        vmax = to_compute(maxima.x[k]);
       }
-      vmax = root * root;
     }
     const float gk = observed_gradient<Ops>(g.x[k], theta.x[k], s);
-    const float c = observe_centered<Ops>(gk, lane.mean[k], lane.sd[k], lane.w[k], s);
+    const float c = observe_centered<Ops>(gk, lane.mean[k], lane.var[k], lane.w[k], s);
     if (kCollect && k < n) {
       statistics.gradient_squares += double(g.x[k]) * double(g.x[k]);
       statistics.one_minus_beta += c;
       statistics.at_beta_min += c == s.c_max ? 1.0f : 0.0f;
       statistics.at_beta_max += c == s.c_min ? 1.0f : 0.0f;
     }
-    const float vhat = Ops::fma(lane.mean[k], lane.mean[k], lane.sd[k]);
+    const float vhat = Ops::fma(lane.mean[k], lane.mean[k], lane.var[k]);
     track_maximum<kAmsgrad>(vhat, 1.0f, vmax);
     auto normalize = normalizer<kAmsgrad, Ops>(vhat, 1.0f, vmax, s);
     if constexpr (kFast) normalize.never_by_zero();
-    accumulate_momentum<kAlgorithm, Ops>(gk, lane.r[k], normalize, s);
-    const float step = direction<kAlgorithm, Ops>(gk, lane.r[k], normalize, s);
-    lane.root[k] = vmax;
+    accumulate_momentum<kAlgorithm, Ops>(gk, lane.m[k], normalize, s);
+    const float step = direction<kAlgorithm, Ops>(gk, lane.m[k], normalize, s);
+    lane.vmax[k] = vmax;
     if constexpr (kStates) {
       const double update = layer_update<Ops>(theta.x[k], step, s);
       if (k < n) {
@@ -247,47 +246,46 @@ MAXVA_THREAD_CODE void move_lane(const PackedState& block, int index, const Lane
   }
 }
 
-// Roots and units. What has no code counts as 0 and is marked by a bit of `nan` (of the root: 16
-// bits higher).
-template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad>
+// Roots and units of kInt8. What has no code counts as 0 and is marked by a bit of `nan` (of the
+// root: 16 bits higher).
+template <Algorithm kAlgorithm, bool kAmsgrad>
 MAXVA_THREAD_CODE Largest finish_lane(int n, LaneMoments& lane, uint32_t& nan) {
   using Ops = DeviceArithmetic;
+  float *const r = lane.m, *const mean = lane.mean, *const sd = lane.var, *const root = lane.vmax;
   Largest largest;
   bool finite = true;
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int k = 0; k < kVector; ++k) {
-    lane.sd[k] = Ops::root(lane.sd[k]);
-    lane.r[k] = in_units<kAlgorithm, Ops>(lane.r[k], lane.mean[k], lane.sd[k]);
+    sd[k] = Ops::root(sd[k]);
+    r[k] = in_units<kAlgorithm, Ops>(r[k], mean[k], sd[k]);
     // mean is finite where its standard deviation is; 0 times what is not is NaN
-    finite = finite && Ops::fma(lane.r[k], 0.0f, lane.sd[k]) < INFINITY;
+    finite = finite && Ops::fma(r[k], 0.0f, sd[k]) < INFINITY;
     if constexpr (kAmsgrad) {
-      lane.root[k] = Ops::root(lane.root[k]);
-      finite = finite && lane.root[k] < INFINITY;
+      root[k] = Ops::root(root[k]);
+      finite = finite && root[k] < INFINITY;
     }
   }
   nan = 0;
-  if constexpr (kPacking == Packing::kInt8) {
-    if (!finite) {
-      for (int k = 0; k < kVector; ++k) {
-        if (!(Ops::fma(lane.r[k], 0.0f, lane.sd[k]) < INFINITY)) {
-          lane.r[k] = lane.mean[k] = lane.sd[k] = 0.0f;
-          nan |= 1u << k;
-        }
-        if (kAmsgrad && !(lane.root[k] < INFINITY)) {
-          lane.root[k] = 0.0f;
-          nan |= 0x10000u << k;
-        }
+  if (!finite) {
+    for (int k = 0; k < kVector; ++k) {
+      if (!(Ops::fma(r[k], 0.0f, sd[k]) < INFINITY)) {
+        r[k] = mean[k] = sd[k] = 0.0f;
+        nan |= 1u << k;
+      }
+      if (kAmsgrad && !(root[k] < INFINITY)) {
+        root[k] = 0.0f;
+        nan |= 0x10000u << k;
       }
     }
-    for (int k = 0; k < kVector; ++k) {
-      if (k >= n) break;
-      largest.r = larger(largest.r, lane.r[k]);
-      largest.mean = larger(largest.mean, lane.mean[k]);
-      largest.sd = larger(largest.sd, lane.sd[k]);
-      if constexpr (kAmsgrad) largest.root = larger(largest.root, lane.root[k]);
-    }
+  }
+  for (int k = 0; k < kVector; ++k) {
+    if (k >= n) break;
+    largest.r = larger(largest.r, r[k]);
+    largest.mean = larger(largest.mean, mean[k]);
+    largest.sd = larger(largest.sd, sd[k]);
+    if constexpr (kAmsgrad) largest.root = larger(largest.root, root[k]);
   }
   return largest;
 }
@@ -303,8 +301,8 @@ MAXVA_THREAD_CODE PhiloxWords fast_words(const PackedState& block, int offset) {
                        });
 }
 
-// Encodes and stores a lane's elements with the scales of the whole block.
-template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kFast>
+// Encodes and stores a lane's elements; kInt8 with the scales of the whole block.
+template <Packing kPacking, bool kAmsgrad, bool kFast>
 MAXVA_THREAD_CODE void store_lane(const PackedState& block, int index, int lane_index,
                                   const Lane& at, const LaneMoments& lane, const Largest& largest,
                                   uint32_t nan) {
@@ -329,13 +327,13 @@ MAXVA_THREAD_CODE void store_lane(const PackedState& block, int index, int lane_
     for (int k = 0; k < kVector; ++k) {
       const uint32_t word = random.x[k];
       words.x[k] = packed_bytes(
-          encoded_signed<1, Ops>(lane.r[k], inverse_scale(for_r), word, constants),
+          encoded_signed<1, Ops>(lane.m[k], inverse_scale(for_r), word, constants),
           encoded_signed<2, Ops>(lane.mean[k], inverse_scale(for_mean), word, constants),
-          encoded_unsigned<Ops>(lane.sd[k], inverse_scale(for_sd), word, constants),
+          encoded_unsigned<Ops>(lane.var[k], inverse_scale(for_sd), word, constants),
           encoded_weight(lane.w[k], word, constants));
       if constexpr (kAmsgrad) {
         maxima.x[k] = static_cast<uint8_t>(
-            encoded_unsigned<Ops>(lane.root[k], inverse_scale(for_root), word, constants) >> 24);
+            encoded_unsigned<Ops>(lane.vmax[k], inverse_scale(for_root), word, constants) >> 24);
       }
     }
     if (nan != 0) {
@@ -347,12 +345,9 @@ MAXVA_THREAD_CODE void store_lane(const PackedState& block, int index, int lane_
   } else {
     for (int k = 0; k < kVector; ++k) {
       const uint32_t word = random.x[k];
-      const uint32_t low =
-          bfloat16_bits<1>(lane.r[k], word) >> 16 | bfloat16_bits<2>(lane.mean[k], word);
-      const uint32_t high = bfloat16_bits<3>(lane.sd[k], word) >> 16 |
-                            bfloat16_bits<0>(folded_weight(lane.w[k]), word);
-      words.x[k] = uint64_t{high} << 32 | low;
-      if constexpr (kAmsgrad) from_compute(lane.root[k], window<3>(word), maxima.x[k]);
+      words.x[k] = uint64_t{second_half_of_word(lane.var[k], lane.w[k], word)} << 32 |
+                   first_half_of_word(lane.m[k], lane.mean[k], word);
+      if constexpr (kAmsgrad) from_compute(lane.vmax[k], window<3>(word), maxima.x[k]);
     }
   }
   store(words, block.packed, i, n, vector(block.packed_vector));

@@ -28,17 +28,17 @@ __device__ __forceinline__ void update_lane(const PackedState& block, int index,
   move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(block, index, at, lane, sums,
                                                                       statistics);
   if constexpr (!kStates) {
-    uint32_t nan;
-    Largest largest =
-        finish_lane<kPacking, kAlgorithm, kAmsgrad>(kFast ? kVector : at.n, lane, nan);
+    uint32_t nan = 0;
+    Largest largest;
     if constexpr (kPacking == Packing::kInt8) {
+      largest = finish_lane<kAlgorithm, kAmsgrad>(kFast ? kVector : at.n, lane, nan);
       largest.r = warp_largest(largest.r);
       largest.mean = warp_largest(largest.mean);
       largest.sd = warp_largest(largest.sd);
       if constexpr (kAmsgrad) largest.root = warp_largest(largest.root);
     }
-    store_lane<kPacking, kAlgorithm, kAmsgrad, kFast>(
-        block, index, static_cast<int>(threadIdx.x % kLanes), at, lane, largest, nan);
+    store_lane<kPacking, kAmsgrad, kFast>(block, index, static_cast<int>(threadIdx.x % kLanes), at,
+                                          lane, largest, nan);
   }
 }
 

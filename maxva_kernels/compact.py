@@ -5,9 +5,10 @@ any device; this file defines the codes. docs/algorithm.md, section "Compact sta
 
     Moments (float32) -> pack -> Packed (what a state holds) -> unpack -> Moments
 
-The slots of an element: r, the momentum in units of what MAdam divides it by; the mean u/w; the
-standard deviation sd = sqrt(v/w - mean^2); and x, the weight w folded at 1/2. With amsgrad, beside
-them, the root of vmax.
+The slots of an element: the momentum m; the mean u/w; the variance var = v/w - mean^2; and x, the
+weight w folded at 1/2; with amsgrad, beside them, vmax. bfloat16 has float32's range and keeps them
+so. int8's codes span 16 binades: it keeps r, which is m in units of what MAdam divides it by, the
+standard deviation sd = sqrt(var), and the root of vmax.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ WORD_DTYPE = {"int8": torch.int32, "bfloat16": torch.int64}
 MAXIMUM_DTYPE = {torch.int32: torch.uint8, torch.int64: torch.bfloat16}
 
 #: A slot is its place in the word (byte or 16 bits) and in the word of block exponents.
-R, MEAN, SD, X = range(4)
+M, MEAN, VAR, X = range(4)
 #: In the exponents' word; x has no block scale.
-ROOT = 3
+VMAX = 3
 
 #: The unsigned code that means "not finite".
 NAN_CODE = 255
@@ -52,16 +53,16 @@ class Moments(NamedTuple):
     Attributes:
         m: the momentum.
         mean: u/w.
-        sd: sqrt(v/w - mean^2), >= 0.
+        var: v/w - mean^2, >= 0.
         w: the zeroth moment.
-        root: with amsgrad sqrt(vmax), else None.
+        vmax: with amsgrad the maximum of v/w, else None.
     """
 
     m: Tensor
     mean: Tensor
-    sd: Tensor
+    var: Tensor
     w: Tensor
-    root: Tensor | None = None
+    vmax: Tensor | None = None
 
 
 class Packed(NamedTuple):
@@ -92,7 +93,7 @@ def window(words: Tensor | None, k: int) -> Tensor | None:
 
 
 #: Which window a slot takes: theta's own stochastic rounding has the low half, window 0.
-_WINDOW = {R: 1, MEAN: 2, SD: 3, X: 0}
+_WINDOW = {M: 1, MEAN: 2, VAR: 3, X: 0}
 
 
 def exponents(x: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ def unfold(x: Tensor) -> Tensor:
 
 
 def unit(algorithm: str, mean: Tensor, sd: Tensor) -> Tensor | None:
-    """What m is stored in units of: about sqrt(v/w) in MAdam; None for LaMAdam, which has it in m.
+    """What int8 stores m in units of: about sqrt(v/w) in MAdam; None for LaMAdam: it has it in m.
 
     So no momentum can be rounded to something large beside its own second moment.
     """
@@ -194,20 +195,17 @@ def pack(moments: Moments, algorithm: str, like: Tensor, words: Tensor | None) -
             None rounds to the nearest code.
 
     Returns:
-        Where r, mean or sd are not finite, int8 stores r = mean = 0 and sd's NaN_CODE, and the
+        Where r, mean or sd are not finite, int8 stores r = mean = 0 and sd's NAN_CODE, and the
         element counts as 0 in its block; bfloat16 stores each as it is.
     """
-    mean, sd = moments.mean, moments.sd
-    divisor = unit(algorithm, mean, sd)
-    r = moments.m
-    if divisor is not None:
-        r = torch.where(divisor == 0, 0.0, moments.m / divisor)
-    r, mean, sd, x = (_in_rows(_laid_out(y, like)) for y in (r, mean, sd, fold(moments.w)))
-    root = None if moments.root is None else _in_rows(_laid_out(moments.root, like))
+    rows = _each(moments, lambda x: _in_rows(_laid_out(x, like)))
     if words is not None:
-        words = words.view_as(x)
-    encode = _encode_int8 if like.dtype == torch.int32 else _encode_bfloat16
-    packed, scale, maximum = encode(r, mean, sd, x, root, words)
+        words = words.view_as(rows.m)
+    if like.dtype == torch.int32:
+        coded = _encode_int8(rows, algorithm, words)
+    else:
+        coded = _encode_bfloat16(rows, words)
+    packed, scale, maximum = coded
     return Packed(
         _in_layout(packed, like), scale, None if maximum is None else _in_layout(maximum, like)
     )
@@ -219,20 +217,22 @@ def unpack(stored: Packed, algorithm: str) -> Moments:
     packed = _in_rows(like)
     maximum = None if stored.maximum is None else _in_rows(_laid_out(stored.maximum, like))
     if stored.scale is None:
-        slots, root = _decode_bfloat16(packed, maximum)
+        rows = _decode_bfloat16(packed, maximum)
     else:
-        slots, root = _decode_int8(packed, stored.scale, maximum)
-    r, mean, sd, x = (_in_layout(value, like) for value in slots)
-    divisor = unit(algorithm, mean, sd)
-    m = r if divisor is None else r * divisor
-    return Moments(m, mean, sd, unfold(x), None if root is None else _in_layout(root, like))
+        rows = _decode_int8(packed, stored.scale, maximum, algorithm)
+    return _each(rows, lambda x: _in_layout(x, like))
+
+
+def _each(moments: Moments, function: Callable[[Tensor], Tensor]) -> Moments:
+    m, mean, var, w = map(function, moments[:4])
+    return Moments(m, mean, var, w, None if moments.vmax is None else function(moments.vmax))
 
 
 def holds_nonfinite(stored: Packed) -> bool:
     """Whether any code of a state stands for NaN or inf."""
     packed, maximum = stored.packed, stored.maximum
     if stored.scale is not None:
-        codes = [packed >> 8 * SD & 0xFF, *([] if maximum is None else [maximum])]
+        codes = [packed >> 8 * VAR & 0xFF, *([] if maximum is None else [maximum])]
         return any(bool((code == NAN_CODE).any()) for code in codes)
     slots = [packed >> 16 * k & 0x7F80 for k in range(4)]
     found = any(bool((slot == 0x7F80).any()) for slot in slots)
@@ -241,13 +241,14 @@ def holds_nonfinite(stored: Packed) -> bool:
 
 def used_exponents(scale: Tensor, has_maximum: bool) -> Tensor:
     """[slots, size(0), blocks]: the biased exponents that decoding reads."""
-    used = (R, MEAN, SD, *((ROOT,) if has_maximum else ()))
+    used = (M, MEAN, VAR, *((VMAX,) if has_maximum else ()))
     return torch.stack([scale >> 8 * k & 0xFF for k in used])
 
 
-def _encode_int8(
-    r: Tensor, mean: Tensor, sd: Tensor, x: Tensor, root: Tensor | None, words: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _encode_int8(rows: Moments, algorithm: str, words: Tensor | None) -> Packed:
+    mean, sd, x = rows.mean, rows.var.sqrt(), fold(rows.w)
+    divisor = unit(algorithm, mean, sd)
+    r = rows.m if divisor is None else torch.where(divisor == 0, 0.0, rows.m / divisor)
     finite = r.isfinite() & mean.isfinite() & sd.isfinite()
 
     def scaled(
@@ -258,9 +259,9 @@ def _encode_int8(
         _, inverse = scales(exponent, value.shape[1])
         return code(value, inverse, window(words, _WINDOW[slot])), exponent
 
-    r_code, r_exponent = scaled(signed_code, r, finite, R)
+    r_code, r_exponent = scaled(signed_code, r, finite, M)
     mean_code, mean_exponent = scaled(signed_code, mean, finite, MEAN)
-    sd_code, sd_exponent = scaled(unsigned_code, sd, finite, SD)
+    sd_code, sd_exponent = scaled(unsigned_code, sd, finite, VAR)
     sd_code = torch.where(finite, sd_code, NAN_CODE)
     x_code = signed_code(x, 1.0, window(words, _WINDOW[X]))
     # a coordinate that has started must not take a first step again
@@ -268,46 +269,44 @@ def _encode_int8(
     x_code = torch.where(started, x_code.clamp(min=1), 0)
     of_blocks = [r_exponent, mean_exponent, sd_exponent]
     maximum = None
-    if root is not None:
-        code, exponent = scaled(unsigned_code, root, root.isfinite(), SD)
+    if rows.vmax is not None:
+        root = rows.vmax.sqrt()
+        code, exponent = scaled(unsigned_code, root, root.isfinite(), VAR)
         maximum = torch.where(root.isfinite(), code, NAN_CODE).to(torch.uint8)
         of_blocks.append(exponent)
     packed = _word([r_code, mean_code, sd_code, x_code], 8)
-    return packed.to(torch.int32), _word(of_blocks, 8).to(torch.int32), maximum
+    return Packed(packed.to(torch.int32), _word(of_blocks, 8).to(torch.int32), maximum)
 
 
-def _decode_int8(
-    packed: Tensor, scale: Tensor, maximum: Tensor | None
-) -> tuple[list[Tensor], Tensor | None]:
+def _decode_int8(packed: Tensor, scale: Tensor, maximum: Tensor | None, algorithm: str) -> Moments:
     length = packed.shape[1]
     codes = [packed >> 8 * k & 0xFF for k in range(4)]
     by_slot = [scales(scale >> 8 * k & 0xFF, length)[0] for k in range(4)]
-    slots = [
-        signed_value(codes[R], by_slot[R]),
-        signed_value(codes[MEAN], by_slot[MEAN]),
-        unsigned_value(codes[SD], by_slot[SD]),
-        signed_value(codes[X], 1.0),
-    ]
+    r = signed_value(codes[M], by_slot[M])
+    mean = signed_value(codes[MEAN], by_slot[MEAN])
+    sd = unsigned_value(codes[VAR], by_slot[VAR])
+    w = unfold(signed_value(codes[X], 1.0))
+    divisor = unit(algorithm, mean, sd)
+    m = r if divisor is None else r * divisor
     if maximum is None:
-        return slots, None
-    return slots, unsigned_value(maximum.to(torch.int32), by_slot[ROOT])
+        return Moments(m, mean, sd.square(), w)
+    root = unsigned_value(maximum.to(torch.int32), by_slot[VMAX])
+    return Moments(m, mean, sd.square(), w, root.square())
 
 
-def _encode_bfloat16(
-    r: Tensor, mean: Tensor, sd: Tensor, x: Tensor, root: Tensor | None, words: Tensor | None
-) -> tuple[Tensor, None, Tensor | None]:
-    slots = {R: r, MEAN: mean, SD: sd, X: x}
+def _encode_bfloat16(rows: Moments, words: Tensor | None) -> Packed:
+    slots = {M: rows.m, MEAN: rows.mean, VAR: rows.var, X: fold(rows.w)}
     codes = [bfloat16_code(slots[k], window(words, _WINDOW[k])) for k in range(4)]
     maximum = None
-    if root is not None:
-        code = bfloat16_code(root, window(words, _WINDOW[SD]))
+    if rows.vmax is not None:
+        code = bfloat16_code(rows.vmax, window(words, _WINDOW[VAR]))
         maximum = code.to(torch.int16).view(torch.bfloat16)
-    return _word(codes, 16), None, maximum
+    return Packed(_word(codes, 16), None, maximum)
 
 
-def _decode_bfloat16(packed: Tensor, maximum: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    slots = [bfloat16_value(packed >> 16 * k & 0xFFFF) for k in range(4)]
-    return slots, None if maximum is None else maximum.to(torch.float32)
+def _decode_bfloat16(packed: Tensor, maximum: Tensor | None) -> Moments:
+    m, mean, var, x = (bfloat16_value(packed >> 16 * k & 0xFFFF) for k in range(4))
+    return Moments(m, mean, var, unfold(x), None if maximum is None else maximum.to(torch.float32))
 
 
 def _word(codes: list[Tensor], bits: int) -> Tensor:

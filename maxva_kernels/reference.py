@@ -163,8 +163,7 @@ class EagerBackend:
             vmax = batch.vmax[i] if batch.vmax else None
         else:
             moments = unpack(packed, algorithm)
-            m, mean, var, w = moments.m, moments.mean, moments.sd.square(), moments.w
-            vmax = None if moments.root is None else moments.root.square()
+            m, mean, var, w, vmax = moments
         master = batch.master[i] if batch.master else None
         stored = batch.theta[i] if master is None else master
         theta = stored.to(m.dtype)
@@ -236,8 +235,7 @@ class EagerBackend:
             if packed is not None:
                 row = row_of(batch.rounding, i)
                 assert row is not None
-                root = None if vmax_new is None else vmax_new.sqrt()
-                moved_states = Moments(m_new, mean_new, var_new.sqrt(), w_new, root)
+                moved_states = Moments(m_new, mean_new, var_new, w_new, vmax_new)
                 words = random_words(theta.numel(), batch.step[i] + 1, row)
                 coded = pack(moved_states, algorithm, packed.packed, words)
                 for old, new in zip(packed, coded, strict=True):

@@ -269,11 +269,11 @@ def in_form(
         mean, w = moments.mean.double(), moments.w.double()
         dtype = state_dtype(p)
         fill("exp_avg", moments.m, dtype)
-        fill("exp_avg_sq", (mean.square() + moments.sd.double().square()) * w, dtype)
+        fill("exp_avg_sq", (mean.square() + moments.var.double()) * w, dtype)
         fill("maxva_avg", mean * w, dtype)
         fill("maxva_weight", moments.w, dtype)
-        if moments.root is not None:
-            fill(MAXIMUM, moments.root.double().square(), dtype)
+        if moments.vmax is not None:
+            fill(MAXIMUM, moments.vmax, dtype)
         return new
     coded = pack(moments, algorithm, torch.empty_like(local(p), dtype=compact), None)
     for key, value in zip(COMPACT, coded, strict=True):
@@ -289,9 +289,9 @@ def _moments(state: dict[str, Any], algorithm: str) -> Moments:
     m, v, u, w = (local(state[key]).double() for key in MOMENTS)
     divisor = torch.where(w == 0, 1.0, w)
     mean = u / divisor
-    sd = (v / divisor - mean.square()).clamp(min=0).sqrt()
-    root = local(state[MAXIMUM]).double().sqrt().float() if MAXIMUM in state else None
-    return Moments(m.float(), mean.float(), sd.float(), w.float(), root)
+    var = (v / divisor - mean.square()).clamp(min=0)
+    vmax = local(state[MAXIMUM]).float() if MAXIMUM in state else None
+    return Moments(m.float(), mean.float(), var.float(), w.float(), vmax)
 
 
 def _packed(state: dict[str, Any]) -> Packed:

@@ -1,8 +1,9 @@
 """How a step over compact states is judged: every element, from the decoded state, in longdouble.
 
-Truth is the definition (definition.py) from what the codes say. Each new r, mean, sd, w and root of
-vmax has to decode to one of the two numbers of the code's grid that enclose the true one, after
-that has been widened by a few float32 roundings; theta is judged as with float32 states.
+Truth is the definition (definition.py) from what the codes say. Each new slot (bfloat16: m, mean,
+var, w, vmax; int8: r, mean, sd, w, the root of vmax) has to decode to one of the two numbers of the
+code's grid that enclose the true one, after that has been widened by a few float32 roundings; theta
+is judged as with float32 states.
 """
 
 from __future__ import annotations
@@ -110,18 +111,18 @@ def _coordinates(opt: Any, p: Tensor) -> tuple[Coordinates, np.ndarray, np.ndarr
     if "maxva_packed" not in state:
         return c, np.zeros_like(c.theta), np.zeros_like(c.theta)
     stored = decoded(opt, p)
-    mean, var, c.w = _wide(stored.mean), _wide(stored.sd) ** 2, _wide(stored.w)
+    mean, var, c.w = _wide(stored.mean), _wide(stored.var), _wide(stored.w)
     c.m, c.t = _wide(stored.m), int(state["step"])
     c.u, c.v = mean * c.w, (var + mean**2) * c.w
-    if stored.root is not None:
-        c.vmax = _wide(stored.root) ** 2
+    if stored.vmax is not None:
+        c.vmax = _wide(stored.vmax)
     return c, mean, var
 
 
 def _ranges(
     definition: Definition, old: Coordinates, mean: Any, var: Any, g: Any
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per slot the lowest and the highest value that a few float32 roundings can lead to."""
+    """Per slot of both kinds what float32 roundings can lead to: the lowest, the highest value."""
     o, alpha = definition.o, definition.o["betas"][0]
     seen = old.w != 0
     w = np.where(seen, old.w, 1)
@@ -133,7 +134,8 @@ def _ranges(
         for j in (-4, 0, 4)
     ]
     first = definition.beta(g, old)
-    found: dict[str, list[np.ndarray]] = {k: [] for k in ("r", "mean", "sd", "w", "root")}
+    names = "m", "r", "mean", "var", "sd", "w", "vmax", "root"
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     low, high = np.minimum.reduce(betas) - 4 * EPS, np.maximum.reduce(betas) + 4 * EPS
     bounds = o["beta_min"], o["betas"][1]
     for beta in (np.clip(low, *bounds), np.clip(high, *bounds)):
@@ -149,8 +151,10 @@ def _ranges(
         vmaxes = [np.maximum(old.vmax, moved**2 + x) * (1 + k * 8 * EPS)
                   for k, x in zip((-1, 1), variances, strict=True)]  # fmt: skip
         found["mean"] += [moved - near, moved + near]
+        found["var"] += variances
         found["sd"] += [np.sqrt(x) for x in variances]
         found["w"] += [w_new * (1 - 4 * EPS), w_new * (1 + 4 * EPS)]
+        found["vmax"] += vmaxes
         found["root"] += [np.sqrt(x) for x in vmaxes]
         x, relative = g, 4 * EPS
         if definition.algorithm == "lamadam":
@@ -162,6 +166,7 @@ def _ranges(
         m = alpha * old.m + (1 - alpha) * x
         m_near = 4 * EPS * (np.abs(old.m) + np.abs(m)) + relative * np.abs(x)
         for k in (-1, 1):
+            found["m"].append(m + k * m_near)
             for near_k, variance in zip((-1, 1), variances, strict=True):
                 unit = np.abs(moved) + near_k * near + np.sqrt(variance)
                 if definition.algorithm == "lamadam":
@@ -172,7 +177,7 @@ def _ranges(
         lowest, highest = np.minimum.reduce(values), np.maximum.reduce(values)
         slack = 4 * EPS * np.maximum(np.abs(lowest), np.abs(highest))
         ranges[slot] = lowest - slack, highest + slack
-    for slot in ("sd", "root"):
+    for slot in ("var", "sd", "vmax", "root"):
         ranges[slot] = np.maximum(ranges[slot][0], 0), ranges[slot][1]
     return ranges
 
@@ -210,7 +215,7 @@ def exponent_of(largest: np.ndarray) -> np.ndarray:
 
 def _check_slot(
     value: Tensor, low: np.ndarray, high: np.ndarray, like: Tensor, label: str,
-    byte: Tensor | None, grid: np.ndarray,
+    byte: Tensor | None, grid: np.ndarray | None,
 ) -> None:  # fmt: skip
     """One slot of one parameter; byte: its exponents, None for bfloat16."""
     lows, highs, values = (
@@ -273,16 +278,7 @@ def check_compact_step(
         stored = decoded(opt, p)
         with np.errstate(divide="ignore", invalid="ignore"):
             ranges = _ranges(definition, old, mean, var, new.g)
-            r = stored.m / (stored.mean.abs() + stored.sd)
-        r = stored.m if problem.algorithm == "lamadam" else r.nan_to_num(0.0)
-        scale = state.get("maxva_scale")
-        slots = {"mean": (1, stored.mean, SIGNED), "sd": (2, stored.sd, UNSIGNED)}
-        if stored.root is not None:
-            slots["root"] = 3, stored.root, UNSIGNED
-        # m = r unit was decoded in float32: back to the code that r has been
-        slots["r"] = 0, _slot_r(state), SIGNED
-        for slot, (k, value, grid) in slots.items():
-            byte = None if scale is None else scale >> 8 * k & 0xFF
+        for slot, (value, byte, grid) in _slots(state, stored).items():
             _check_slot(value, *ranges[slot], p, f"{label} {slot}", byte, grid)
         _check_w(stored.w, *ranges["w"], f"{label} w", word)
         master = "master_param" in state
@@ -296,9 +292,20 @@ def check_compact_step(
     return opt
 
 
-def _slot_r(state: dict[str, Tensor]) -> Tensor:
-    """The first slot as it is stored: as LaMAdam's momentum."""
-    return unpack(Packed(state["maxva_packed"], state.get("maxva_scale"), None), "lamadam").m
+def _slots(state: dict[str, Tensor], stored: Moments) -> dict[str, Any]:
+    """Per slot but w: what its codes stand for, its blocks' exponents and the grid of its codes."""
+    scale, vmax = state.get("maxva_scale"), stored.vmax
+    if scale is None:
+        values = {"m": stored.m, "mean": stored.mean, "var": stored.var}
+        values |= {} if vmax is None else {"vmax": vmax}
+        return {name: (value, None, None) for name, value in values.items()}
+    # LaMAdam's momentum is stored as it is, so r is decoded as that; roots of squares are exact
+    r = unpack(Packed(state["maxva_packed"], scale, None), "lamadam").m
+    parts = [("r", r, SIGNED), ("mean", stored.mean, SIGNED), ("sd", stored.var.sqrt(), UNSIGNED)]
+    parts += [] if vmax is None else [("root", vmax.sqrt(), UNSIGNED)]
+    return {
+        name: (value, scale >> 8 * k & 0xFF, grid) for k, (name, value, grid) in enumerate(parts)
+    }
 
 
 def _check_w(w: Tensor, low: np.ndarray, high: np.ndarray, label: str, word: torch.dtype) -> None:

@@ -91,9 +91,7 @@ def test_encoding_is_the_definition(word: str, algorithm: str) -> None:
         found = encoded(moments, words, WORDS[word], ALGORITHMS[algorithm])
         m, mean, var, w, vmax = moments
         like = torch.empty(16, 128, dtype=WORDS[word])
-        expected = pack(
-            Moments(m, mean, var.sqrt(), w, vmax.sqrt()), algorithm, like, words.flatten()
-        )
+        expected = pack(Moments(m, mean, var, w, vmax), algorithm, like, words.flatten())
         assert same_bits(found[0], expected.packed)
         if expected.scale is not None:
             assert same_bits(found[1], expected.scale)
@@ -132,8 +130,7 @@ def test_every_code_is_decoded(algorithm: str) -> None:
 
 def check_same(found: list[Tensor], expected: Moments) -> None:
     """To the bit but for those of NaN."""
-    values = expected.m, expected.mean, expected.sd.square(), expected.w, expected.root.square()
-    for ours, theirs in zip(found, values, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert same_bits(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
@@ -218,9 +215,9 @@ def make_batch(
         w.masked_fill_(torch.rand(shape, generator=for_full) < 0.1, 1.0)
         unit = mean.abs() + sd if algorithm == "madam" else 1.0
         m = unit * torch.randn(shape, generator=generator)
-        root = (mean.square() + sd.square()).sqrt() * (0.5 + w)
+        vmax = (mean.square() + sd.square()) * (0.5 + w).square()
         unseen = torch.rand(shape, generator=generator) < (1.0 if fresh else 0.05)
-        moments = [x.masked_fill(unseen, 0.0) for x in (m, mean, sd, w, root)]
+        moments = [x.masked_fill(unseen, 0.0) for x in (m, mean, sd.square(), w, vmax)]
         theta = in_layout(torch.randn(shape, generator=generator).to(dtype), layout)
         like = torch.empty_like(theta, dtype=WORDS[word])
         stored = pack(Moments(*moments), algorithm, like, None)
@@ -286,7 +283,7 @@ def largest_scales(*stored: Packed) -> dict[str, Tensor]:
     packed = stored[0].packed
     length = math.prod(packed.shape[1:])
     found = {}
-    for slot, name in enumerate(("m", "mean", "sd", "root")):
+    for slot, name in enumerate(("m", "mean", "var", "vmax")):
         exponent = torch.maximum(*(x.scale >> 8 * slot & 0xFF for x in stored)).double()
         each = torch.pow(2.0, exponent - 127).repeat_interleave(128, 1)[:, :length].contiguous()
         found[name] = each.as_strided(packed.shape, packed.stride())
@@ -294,15 +291,26 @@ def largest_scales(*stored: Packed) -> dict[str, Tensor]:
 
 
 def cancelled(before: Packed, after: Packed, algorithm: str) -> dict[str, Tensor]:
-    """What float32 roundings of the terms of r and mean can change in sums close to 0.
+    """What float32 roundings of the terms of m or r and mean can change in sums close to 0.
 
     As compact_exactness.py's ranges: 16 ulps of the old momentum, 8 of the old mean.
     """
     old, new = unpack(before, algorithm), unpack(after, algorithm)
-    unit = new.mean.abs() + new.sd if algorithm == "madam" else torch.ones_like(new.mean)
+    unit = torch.ones_like(new.mean)
+    if algorithm == "madam" and after.scale is not None:
+        unit = new.mean.abs() + new.var.sqrt()
     eps = torch.finfo(torch.float32).eps
     r = torch.where(unit == 0, 0.0, 16 * eps * old.m.abs() / unit)
     return {"m": r.double(), "mean": 8 * eps * old.mean.abs().double()}
+
+
+def slots_of(stored: Packed) -> Moments:
+    """What is rounded: of int8 r and roots, which are exact of a square."""
+    slots = unpack(stored, "lamadam")  # which has no unit
+    if stored.scale is None:
+        return slots
+    vmax = slots.vmax
+    return slots._replace(var=slots.var.sqrt(), vmax=None if vmax is None else vmax.sqrt())
 
 
 def check_neighbours(
@@ -314,9 +322,9 @@ def check_neighbours(
     """
     equal = (ours.packed == theirs.packed).double().mean()
     assert equal > 0.98, f"{label}: {equal:.4f} of the words are equal"
-    mine, other = (unpack(x, "lamadam") for x in (ours, theirs))  # m is r there
+    mine, other = slots_of(ours), slots_of(theirs)
     scales = {} if ours.scale is None else largest_scales(ours, theirs)
-    for name in ("m", "mean", "sd", "root", "w"):
+    for name in ("m", "mean", "var", "vmax", "w"):
         a, b = getattr(mine, name), getattr(other, name)
         if a is None:
             continue
@@ -329,7 +337,7 @@ def check_neighbours(
             step = 2.0**-7 * largest + 2.0**-30 * (name == "w")
         else:
             step = (largest + 2.0**-16 * scales.get(name, 1.0)) / (
-                16 if name in ("sd", "root") else 8
+                16 if name in ("var", "vmax") else 8
             )
         if slack and name in slack:
             step = step + slack[name]

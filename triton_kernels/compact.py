@@ -18,16 +18,16 @@ from .maxva_math import FAST, MADAM, divide, is_zero, square_root
 BLOCK = tl.constexpr(128)
 
 # A slot: its byte or 16 bits of an element's word, its byte of a block's word of exponents.
-R = tl.constexpr(0)  # the momentum in units of what MAdam divides it by
+M = tl.constexpr(0)  # of int8: in units of what MAdam divides it by, r
 MEAN = tl.constexpr(1)
-SD = tl.constexpr(2)
+VAR = tl.constexpr(2)  # of int8: its root, sd
 X = tl.constexpr(3)  # w folded at 1/2; has no block scale
-ROOT = tl.constexpr(3)  # of vmax, in the exponents' word
+VMAX = tl.constexpr(3)  # in the exponents' word; its root
 
 # Which of a random word's four windows a slot is rounded with; theta's own rounding has the first.
-R_WINDOW = tl.constexpr(1)
+M_WINDOW = tl.constexpr(1)
 MEAN_WINDOW = tl.constexpr(2)
-SD_WINDOW = tl.constexpr(3)
+VAR_WINDOW = tl.constexpr(3)
 X_WINDOW = tl.constexpr(0)
 
 # The unsigned code that means "not finite".
@@ -172,7 +172,7 @@ def is_finite(x):
 
 @triton.jit
 def unit(mean, sd, ALGORITHM: tl.constexpr):
-    """What m is stored in units of; LaMAdam has it in m."""
+    """What int8 stores m in units of; LaMAdam has it in m."""
     return tl.abs(mean) + sd if ALGORITHM == MADAM else tl.full(mean.shape, 1.0, tl.float32)
 
 
@@ -182,30 +182,31 @@ def decode(packed, exponents, ALGORITHM: tl.constexpr):
     if packed.dtype == tl.int32:
         word = packed.to(tl.uint32, bitcast=True)
         exponent = exponents.to(tl.uint32, bitcast=True)
-        r = signed_value(field(word, R, 8), scale_of(field(exponent, R, 8)))
+        r = signed_value(field(word, M, 8), scale_of(field(exponent, M, 8)))
         mean = signed_value(field(word, MEAN, 8), scale_of(field(exponent, MEAN, 8)))
-        sd = unsigned_value(field(word, SD, 8), scale_of(field(exponent, SD, 8)))
+        sd = unsigned_value(field(word, VAR, 8), scale_of(field(exponent, VAR, 8)))
         x = signed_value(field(word, X, 8), 1.0)
+        return Moments(r * unit(mean, sd, ALGORITHM), mean, sd * sd, unfold(x))
     else:
         word = packed.to(tl.uint64, bitcast=True)
         low = (word & 0xFFFFFFFF).to(tl.uint32)
         high = (word >> 32).to(tl.uint32)
-        r = float_from_bits(low << 16)
+        m = float_from_bits(low << 16)
         mean = float_from_bits(low & 0xFFFF0000)
-        sd = float_from_bits(high << 16)
+        var = float_from_bits(high << 16)
         x = float_from_bits(high & 0xFFFF0000)
-    return Moments(r * unit(mean, sd, ALGORITHM), mean, sd * sd, unfold(x))
+        return Moments(m, mean, var, unfold(x))
 
 
 @triton.jit
 def decode_maximum(code, exponents):
-    """The vmax of a tile, from its root: uint8 codes or bfloat16."""
+    """The vmax of a tile: of uint8 codes, which stand for its root, or of bfloat16."""
     if code.dtype == tl.uint8:
         exponent = exponents.to(tl.uint32, bitcast=True)
-        root = unsigned_value(code.to(tl.uint32), scale_of(field(exponent, ROOT, 8)))
+        root = unsigned_value(code.to(tl.uint32), scale_of(field(exponent, VMAX, 8)))
+        return root * root
     else:
-        root = to_compute(code, tl.float32)
-    return root * root
+        return to_compute(code, tl.float32)
 
 
 @triton.jit
@@ -215,14 +216,14 @@ def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
     Where r, mean or sd are not finite, int8 stores r = mean = 0 and sd's NAN_CODE, and the element
     counts as 0 in its block; bfloat16 stores each as it is.
     """
-    sd = square_root(var, FAST)
-    if ALGORITHM == MADAM:
-        divisor = unit(mean, sd, ALGORITHM)
-        r = tl.where(is_zero(divisor, FAST), 0.0, divide(m, divisor, FAST))
-    else:
-        r = m
     x = fold(w)
     if WORD == tl.int32:  # noqa: SIM300
+        sd = square_root(var, FAST)
+        if ALGORITHM == MADAM:
+            divisor = unit(mean, sd, ALGORITHM)
+            r = tl.where(is_zero(divisor, FAST), 0.0, divide(m, divisor, FAST))
+        else:
+            r = m
         finite = is_finite(r) & is_finite(mean) & is_finite(sd)
         r = tl.where(finite, r, 0.0)
         mean = tl.where(finite, mean, 0.0)
@@ -230,9 +231,9 @@ def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
         r_exponent = block_exponent(r)
         mean_exponent = block_exponent(mean)
         sd_exponent = block_exponent(sd)
-        r_code = signed_code(r, inverse_of(r_exponent), window(words, R_WINDOW))
+        r_code = signed_code(r, inverse_of(r_exponent), window(words, M_WINDOW))
         mean_code = signed_code(mean, inverse_of(mean_exponent), window(words, MEAN_WINDOW))
-        sd_code = unsigned_code(sd, inverse_of(sd_exponent), window(words, SD_WINDOW))
+        sd_code = unsigned_code(sd, inverse_of(sd_exponent), window(words, VAR_WINDOW))
         sd_code = tl.where(finite, sd_code, NAN_CODE)
         # a started coordinate must not take a first step again
         x_code = tl.maximum(signed_code(x, 1.0, window(words, X_WINDOW)), 1)
@@ -240,31 +241,32 @@ def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
         exponents = r_exponent | (mean_exponent << 8) | (sd_exponent << 16)
         return packed.to(tl.int32, bitcast=True), exponents.to(tl.int32, bitcast=True)
     else:
-        r_half = upper_half_bits(r, bits_of(r) + window(words, R_WINDOW))
+        m_half = upper_half_bits(m, bits_of(m) + window(words, M_WINDOW))
         mean_half = upper_half_bits(mean, bits_of(mean) + window(words, MEAN_WINDOW))
-        sd_half = upper_half_bits(sd, bits_of(sd) + window(words, SD_WINDOW))
-        x_half = upper_half_bits(x, bits_of(x) + window(words, X_WINDOW))
-        low = (r_half | (mean_half << 16)).to(tl.uint64)
-        high = (sd_half | (x_half << 16)).to(tl.uint64)
+        var_half = upper_half_bits(var, bits_of(var) + window(words, VAR_WINDOW))
+        # w is never NaN: observe_centered() bounds c
+        x_half = (bits_of(x) + window(words, X_WINDOW)) >> 16
+        low = (m_half | (mean_half << 16)).to(tl.uint64)
+        high = (var_half | (x_half << 16)).to(tl.uint64)
         # a None in a tuple is nothing that Triton 3.6 returns
-        no_exponents = tl.zeros([r.shape[0]], tl.int32)
+        no_exponents = tl.zeros([m.shape[0]], tl.int32)
         return (low | (high << 32)).to(tl.int64, bitcast=True), no_exponents
 
 
 @triton.jit
 def encode_maximum(vmax, words, exponents, WORD: tl.constexpr):
-    """The root's codes, uint8 or bfloat16, and the exponents with slot 3 in them.
+    """Codes of vmax (bfloat16) or of its root (uint8), and the exponents with slot 3 in them.
 
     exponents: as `encode` returns them.
     """
-    root = square_root(vmax, FAST)
-    random = window(words, SD_WINDOW)
+    random = window(words, VAR_WINDOW)
     if WORD == tl.int64:  # noqa: SIM300
-        return upper_half(root, bits_of(root) + random), exponents
+        return upper_half(vmax, bits_of(vmax) + random), exponents
     else:
+        root = square_root(vmax, FAST)
         finite = is_finite(root)
         root = tl.where(finite, root, 0.0)
         exponent = block_exponent(root)
         code = tl.where(finite, unsigned_code(root, inverse_of(exponent), random), NAN_CODE)
-        with_root = exponents.to(tl.uint32, bitcast=True) | (exponent << (8 * ROOT))
+        with_root = exponents.to(tl.uint32, bitcast=True) | (exponent << (8 * VMAX))
         return code.to(tl.uint8), with_root.to(tl.int32, bitcast=True)

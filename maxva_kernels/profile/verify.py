@@ -21,10 +21,10 @@ from maxva_kernels.compact import (
     BLOCK,
     MEAN,
     NAN_CODE,
-    ROOT,
-    SD,
+    VAR,
+    VMAX,
+    M,
     Packed,
-    R,
     num_blocks,
     signed_value,
     unpack,
@@ -44,8 +44,8 @@ _COMPARED = 1000
 #: Blocks of a compact parameter at each end, and as many again in between.
 _SAMPLED_BLOCKS = 4
 #: The slots that blocks have scales for, and those that are never negative.
-_SCALED = {"r": R, "mean": MEAN, "sd": SD, "root": ROOT}
-_UNSIGNED = ("sd", "root")
+_SCALED = {"r": M, "mean": MEAN, "sd": VAR, "root": VMAX}
+_UNSIGNED = ("var", "vmax", "sd", "root")
 #: Larger parameters are left out where whole ones are compared.
 _WHOLE_NUMEL = 1 << 20
 
@@ -180,20 +180,27 @@ def _decode(sample: _Sample, algorithm: str, state: dict[str, Any], positions: T
 
     stored = Packed(*map(gathered, COMPACT))
     moments = unpack(stored, algorithm)
-    mean, sd, w = wide(moments.mean), wide(moments.sd), wide(moments.w)
+    m, mean, var, w = map(wide, moments[:4])
     sample.states = {
-        _KEYS["m"]: wide(moments.m),
+        _KEYS["m"]: m,
         _KEYS["u"]: mean * w,
-        _KEYS["v"]: (mean.square() + sd.square()) * w,
+        _KEYS["v"]: (mean.square() + var) * w,
         _KEYS["w"]: w,
     }
-    # LaMAdam's momentum is stored as it is: so r is decoded as that
-    slots = {"r": wide(unpack(stored, "lamadam").m), "mean": mean, "sd": sd, "w": w}
-    if moments.root is not None:
-        slots["root"] = wide(moments.root)
-        sample.states["max_exp_avg_sq"] = slots["root"].square()
+    slots = {"m": m, "mean": mean, "var": var, "w": w}
+    if moments.vmax is not None:
+        slots["vmax"] = sample.states["max_exp_avg_sq"] = wide(moments.vmax)
     exponents = {}
     if stored.scale is not None:
+        # LaMAdam's momentum is stored as it is, so r is decoded as that; roots of squares are exact
+        slots = {
+            "r": wide(unpack(stored, "lamadam").m),
+            "mean": mean,
+            "sd": wide(moments.var.sqrt()),
+            "w": w,
+        }
+        if moments.vmax is not None:
+            slots["root"] = wide(moments.vmax.sqrt())
         words = stored.scale.squeeze(1)
         exponents = {
             name: words >> 8 * slot & 0xFF for name, slot in _SCALED.items() if name in slots
@@ -293,16 +300,25 @@ def _state_checks(
 def _code_checks(contender: Contender, codes: _Codes, want: dict[str, Tensor]) -> dict[str, _Check]:
     m, u, v, w = (want[_KEYS[symbol]] for symbol in "muvw")
     mean, size = u / w, (v / w).sqrt()
-    sd = (v / w - mean.square()).clamp(min=0).sqrt()
+    var = (v / w - mean.square()).clamp(min=0)
+    sd = var.sqrt()
     r = m
     if contender.algorithm == "madam":
         unit = mean.abs() + sd
         r = torch.where(unit == 0, 0, m / unit)  # a gradient may be 0
-    true = {"r": r, "mean": mean, "sd": sd}
-    bounds = {"r": 3e-5 * r.abs().max().expand_as(r), "mean": 1e-4 * size, "sd": 1e-4 * size}
-    if "root" in codes.slots:
-        true["root"] = want["max_exp_avg_sq"].sqrt()
-        bounds["root"] = 1e-4 * true["root"]
+    true = {"m": m, "r": r, "mean": mean, "var": var, "sd": sd}
+    bounds = {
+        "m": 3e-5 * m.abs().max().expand_as(m),
+        "r": 3e-5 * r.abs().max().expand_as(r),
+        "mean": 1e-4 * size,
+        "var": 2e-4 * size.square(),
+        "sd": 1e-4 * size,
+    }
+    if "max_exp_avg_sq" in want:
+        true["vmax"] = want["max_exp_avg_sq"]
+        true["root"] = true["vmax"].sqrt()
+        bounds |= {"vmax": 2e-4 * true["vmax"], "root": 1e-4 * true["root"]}
+    true = {name: middle for name, middle in true.items() if name in codes.slots}
     checks = {}
     for name, middle in true.items():
         low, high = middle - bounds[name], middle + bounds[name]

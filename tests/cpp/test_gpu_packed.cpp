@@ -176,7 +176,7 @@ void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
               TensorStatistics& statistics) {
   std::array<gpu::LaneMoments, gpu::kLanes> lanes;
   std::array<gpu::Lane, gpu::kLanes> at;
-  std::array<uint32_t, gpu::kLanes> nan;
+  std::array<uint32_t, gpu::kLanes> nan{};
   gpu::Largest largest;
   for (int k = 0; k < gpu::kLanes; ++k) {
     at[k] = gpu::find_lane(state, index, k);
@@ -186,9 +186,9 @@ void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
     const double values[] = {own.gradient_squares, own.one_minus_beta, own.at_beta_min,
                              own.at_beta_max, own.step_size};
     for (int field = 0; field < kStatistics; ++field) statistics[field] += values[field];
-    if constexpr (!kStates) {
+    if constexpr (!kStates && kPacking == Packing::kInt8) {
       const int n = kFast ? gpu::kVector : at[k].n;
-      const auto of_lane = gpu::finish_lane<kPacking, kAlgorithm, kAmsgrad>(n, lanes[k], nan[k]);
+      const auto of_lane = gpu::finish_lane<kAlgorithm, kAmsgrad>(n, lanes[k], nan[k]);
       largest.r = std::max(largest.r, of_lane.r);
       largest.mean = std::max(largest.mean, of_lane.mean);
       largest.sd = std::max(largest.sd, of_lane.sd);
@@ -196,8 +196,7 @@ void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
     }
   }
   for (int k = 0; !kStates && k < gpu::kLanes; ++k) {
-    gpu::store_lane<kPacking, kAlgorithm, kAmsgrad, kFast>(state, index, k, at[k], lanes[k],
-                                                           largest, nan[k]);
+    gpu::store_lane<kPacking, kAmsgrad, kFast>(state, index, k, at[k], lanes[k], largest, nan[k]);
   }
 }
 
