@@ -95,14 +95,14 @@ def rounding_errors() -> Iterator[tuple[str, list[float]]]:
     state = opt.state[p]
     w = state["maxva_weight"]
     mean = state["maxva_avg"] / w
-    sd = (state["exp_avg_sq"] / w - mean.square()).clamp(min=0).sqrt()
-    true = Moments(state["exp_avg"], mean, sd, w)
+    var = (state["exp_avg_sq"] / w - mean.square()).clamp(min=0)
+    true = Moments(state["exp_avg"], mean, var, w)
     words = random_words(p.numel(), torch.tensor(1), (0, 0, 0, p.numel(), p.numel(), 0))
     for kind, dtype in WORD_DTYPE.items():
         stored: Packed = pack(true, "madam", torch.zeros(shape, dtype=dtype), words)
         found = unpack(stored, "madam")
         pairs = [
-            (_r(found), _r(true)), (found.mean, mean), (found.sd, sd),
+            (_r(found), _r(true)), (found.mean, mean), (found.var.sqrt(), var.sqrt()),
             (_update(found), _update(true)),
         ]  # fmt: skip
         errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
@@ -111,11 +111,11 @@ def rounding_errors() -> Iterator[tuple[str, list[float]]]:
 
 
 def _r(moments: Moments) -> Tensor:
-    return moments.m / (moments.mean.abs() + moments.sd)
+    return moments.m / (moments.mean.abs() + moments.var.sqrt())
 
 
 def _update(moments: Moments) -> Tensor:
-    return moments.m / (moments.mean.square() + moments.sd.square()).sqrt()
+    return moments.m / (moments.mean.square() + moments.var).sqrt()
 
 
 # --- the noisy quadratic model -------------------------------------------------------------------
@@ -358,9 +358,9 @@ def of_rounding(options: argparse.Namespace) -> str:
     rows = [(kind, *(f"{e:.2%}" for e in errors)) for kind, errors in rounding_errors()]
     return f"""## The rounding of one step
 
-Error of each slot after one stochastic rounding, root mean square relative to that of the values,
-in a 256 x 1024 parameter after 300 gradients whose scales spread over two decades; `update` is
-m / sqrt(mean^2 + sd^2).
+Error after one stochastic rounding, root mean square relative to that of the values, in a
+256 x 1024 parameter after 300 gradients whose scales spread over two decades; r is
+m / (|mean| + sd), update m / sqrt(mean^2 + sd^2).
 
 {table(("states", "r", "mean", "sd", "x", "update"), rows)}
 """

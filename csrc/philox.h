@@ -14,7 +14,7 @@ struct PhiloxWords {
 
 inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
-// the fewest that pass the authors' tests: rounding needs no margin over them
+// the fewest that the authors found to pass BigCrush: rounding needs no margin over them
 inline constexpr int kPhiloxRounds = 7;
 
 // `keys(round)` gives a round's two keys.

@@ -719,10 +719,10 @@ class FusedMAdam(MaxVA):
             engine gives every rank an optimizer of its own, as ZeroRedundancyOptimizer does).
         rounding_seed: in [0, 2^63).
         state_dtype: how states are stored: "float32" (16 bytes per parameter), "bfloat16" (8) or
-            "int8" (4.03). The compact ones keep the momentum, the mean u/w, the standard deviation
-            and w in codes that are rounded stochastically with the random bits described above,
-            "int8" with scales per block of 128 elements. Computed is in float32, in the same one
-            pass. docs/algorithm.md, "Compact states", has codes and errors. A group key that may be
+            "int8" (4.03). The compact ones keep the momentum, the mean u/w, the variance and w in
+            codes that are rounded stochastically with the random bits described above, "int8" with
+            scales per block of 128 elements. Computed is in float32, in the same one pass.
+            docs/algorithm.md, "Compact states", has codes and errors. A group key that may be
             changed between steps; a loaded state dict does not change it.
         fp32_state_below: parameters of fewer elements (over all ranks) keep float32 states, as do
             those of one dimension, of rows (numel / size(0)) shorter than 128, of a layout in which

@@ -21,7 +21,7 @@ FIELDS = ("seed", "parameter", "offset", "inner_local", "inner_global", "theta")
 #: The row of a parameter that is rounded to the nearest.
 NEAREST = (0, -1, 0, 1, 1, 0)
 
-#: Of the random generator: the fewest that pass its authors' tests (Salmon et al., SC 2011).
+#: The fewest that the generator's authors found to pass BigCrush (Salmon et al., SC 2011).
 PHILOX_ROUNDS = 7
 
 _WORD = 0xFFFFFFFF

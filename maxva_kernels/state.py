@@ -243,7 +243,7 @@ def in_form(
     """A copy of a dict of p's state, with the moments in the form `compact` (word_dtype).
 
     To the nearest code, so with the error of one; from codes to float32, u = mean w and
-    v = (mean^2 + sd^2) w are rounded to float32. What has that form already stays as it is.
+    v = (mean^2 + var) w are rounded to float32. What has that form already stays as it is.
 
     Raises:
         ValueError: the state is of another shape, as p's data has been replaced.
