@@ -314,6 +314,8 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
           : observe_block<false, kPacking, kAlgorithm, Ops>(packed, exponents, g_raw, theta,
                                                             observed.values, moments, c, s);
     const uint32_t* words = nullptr;
+    // made while the divider is busy with the loops around it; with int8's longer loops that is
+    // slower
     if (!kInt8 && !states) words = random_block<Ops>(*view.random, first, n, words_buffer);
     if (plain) {
       move_block<true, Phase::kWhole, kPacking, kAlgorithm, kAmsgrad, Ops>(
@@ -331,7 +333,7 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
     if (states) continue;
     uint32_t encoded = 0;
     if constexpr (kInt8) {
-      words = random_block<Ops>(*view.random, first, n, words_buffer);  // earlier is slower
+      words = random_block<Ops>(*view.random, first, n, words_buffer);
       Largest largest = finish_block<kAlgorithm, Ops>(moments);
       const bool finite = largest.finite();
       if (!finite) largest = without_nonfinite(moments);
