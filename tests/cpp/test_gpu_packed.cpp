@@ -1,32 +1,14 @@
 // As test_gpu_traversal.cpp, for compact states: every lane of every warp in turn, with the warp's
 // exchange of largest magnitudes in between, against the CPU kernels bit for bit.
-#include <array>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <random>
-#include <string>
-#include <vector>
 
 #include "gpu_packed.h"
-#include "gpu_plan.h"
+#include "lists.h"
 
 namespace {
 
 using namespace maxva;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      if (++failures > 20) std::exit(1);                                   \
-    }                                                                      \
-  } while (false)
+using namespace maxva::test;
 
 struct Shape {
   int64_t rows, row;
@@ -45,33 +27,6 @@ struct Case {
   std::vector<double Hyper::*> switches = {};
   double lr = 1e-2;
 };
-
-// `n` elements of `size` bytes in an allocation that ends with the last one.
-struct List {
-  int size;
-  int64_t n, shift;
-  std::vector<char> memory;
-
-  List(int size, int64_t n, int64_t shift)
-      : size(size), n(n), shift(shift), memory(size_t((n + shift) * size)) {}
-  char* data() { return n == 0 ? nullptr : memory.data() + shift * size; }
-  template <typename S>
-  void set(int64_t i, S x) {
-    std::memcpy(data() + i * size, &x, sizeof x);
-  }
-};
-
-void set_number(List& list, DType dtype, int64_t i, float x) {
-  BFloat16 b;
-  Float16 h;
-  from_compute(x, b), from_compute(x, h);
-  switch (dtype) {
-    case DType::kFloat64: list.set(i, double(x)); break;
-    case DType::kBFloat16: list.set(i, b); break;
-    case DType::kFloat16: list.set(i, h); break;
-    default: list.set(i, x);
-  }
-}
 
 struct Tensors {
   std::vector<List> theta, g, master, packed, scale, maximum;
@@ -94,27 +49,27 @@ Tensors make_tensors(const Case& c) {
     const auto shift = [&](int list) { return c.misalignment ? int64_t((list + i) % 5) : 0; };
     const DType theta = of(c.theta_dtypes, i), g = of(c.g_dtypes, i);
     const bool master = c.master && theta != DType::kFloat32;
-    t.theta.emplace_back(gpu::size_of(theta), n, shift(0));
-    t.g.emplace_back(gpu::size_of(g), n, shift(1));
-    t.master.emplace_back(4, master ? n : 0, shift(2));
+    t.theta.emplace_back(theta, n, shift(0));
+    t.g.emplace_back(g, n, shift(1));
+    t.master.emplace_back(DType::kFloat32, master ? n : 0, shift(2));
     t.packed.emplace_back(int8 ? 4 : 8, n, shift(3));
     t.scale.emplace_back(4, int8 ? blocks : 0, shift(4));
     t.maximum.emplace_back(int8 ? 1 : 2, c.amsgrad ? n : 0, shift(6));
     t.step.push_back(c.first_step ? 0.f : float(1 + i));
     for (int64_t k = 0; k < n; ++k) {
       const float x = normal(random);
-      set_number(t.theta[i], theta, k, x);
-      if (master) set_number(t.master[i], DType::kFloat32, k, x * 1.0001f);
+      t.theta[i].set(k, x);
+      if (master) t.master[i].set(k, x * 1.0001f);
       float gradient = normal(random) * (k % 7 ? 1.f : 1e-3f) * (c.tiny ? 1e-21f : 1.f);
       if (c.nonfinite && k % 11 == 3) gradient = k % 2 ? INFINITY : NAN;
       if (c.nonfinite && k % 53 == 3) gradient = 3e19f;  // its square is not finite
-      set_number(t.g[i], g, k, gradient);
+      t.g[i].set(k, gradient);
       // any word is a state of int8 but for codes of sd above 251, which are NaN
       uint32_t word = c.first_step ? 0 : uint32_t(random());
       if (!(c.nonfinite && k % 17 == 5) && (word >> 16 & 0xFC) == 0xFC) word &= ~0x00800000u;
       if (int8) {
-        t.packed[i].set(k, word);
-        if (c.amsgrad) t.maximum[i].set(k, uint8_t(c.first_step ? 0 : random() % 252));
+        t.packed[i].put(k, word);
+        if (c.amsgrad) t.maximum[i].put(k, uint8_t(c.first_step ? 0 : random() % 252));
       } else {
         const auto low = [&](float v) {
           BFloat16 b;
@@ -124,31 +79,22 @@ Tensors make_tensors(const Case& c) {
         const float w = float(random() % 1000) / 1000;
         const uint64_t wide = low(0.3f * normal(random)) | low(0.2f * normal(random)) << 16 |
                               low(std::fabs(normal(random))) << 32 | low(folded_weight(w)) << 48;
-        t.packed[i].set(k, c.first_step ? uint64_t{0} : wide);
+        t.packed[i].put(k, c.first_step ? uint64_t{0} : wide);
         if (c.amsgrad) {
-          t.maximum[i].set(k, uint16_t(c.first_step ? 0 : low(std::fabs(normal(random)))));
+          t.maximum[i].put(k, uint16_t(c.first_step ? 0 : low(std::fabs(normal(random)))));
         }
       }
     }
     for (int64_t b = 0; int8 && b < blocks; ++b) {
       uint32_t exponents = 0;
       for (int k = 0; k < 4; ++k) exponents |= uint32_t(120 + random() % 12) << 8 * k;
-      t.scale[i].set(b, c.first_step ? 0u : exponents);
+      t.scale[i].put(b, c.first_step ? 0u : exponents);
     }
   }
   return t;
 }
 
-Hyper make_hyper(const Case& c) {
-  Hyper h{};
-  h.lr = c.lr;
-  h.alpha = 0.9, h.beta_low = 0.5, h.beta_high = 0.999, h.beta_init = 0.999;
-  h.eps = 1e-8, h.delta = 1e-16, h.weight_decay = 0.01;
-  h.bias_correction = h.adam_w_mode = 1;
-  h.trust_ratio = c.trust_ratio;
-  for (double Hyper::* flag : c.switches) h.*flag = 1 - h.*flag;
-  return h;
-}
+Hyper make_hyper(const Case& c) { return test::make_hyper(c.lr, 0.01, c.trust_ratio, c.switches); }
 
 // Whole tensors, rows of larger ones at any offset, and columns of wider ones, in turn.
 Rounding rounding_of(const Case& c, size_t i) {
@@ -159,8 +105,6 @@ Rounding rounding_of(const Case& c, size_t i) {
   if (i % 3 == 1) return {7, index, 3 + 4 * index + (int64_t{1} << 34), n, 10 * n, theta};
   return {7, index, 12, c.shapes[i].row, 3 * c.shapes[i].row, theta};
 }
-
-using TensorStatistics = std::array<double, kStatistics>;
 
 struct Run {
   const Case& c;
@@ -183,9 +127,7 @@ void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
     gpu::ThreadStatistics<float> own;
     gpu::move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(state, index, at[k],
                                                                              lanes[k], sums, own);
-    const double values[] = {own.gradient_squares, own.one_minus_beta, own.at_beta_min,
-                             own.at_beta_max, own.step_size};
-    for (int field = 0; field < kStatistics; ++field) statistics[field] += values[field];
+    add(statistics, own);
     if constexpr (!kStates && kPacking == Packing::kInt8) {
       const int n = kFast ? gpu::kVector : at[k].n;
       const auto of_lane = gpu::finish_lane<kAlgorithm, kAmsgrad>(n, lanes[k], nan[k]);
@@ -265,11 +207,7 @@ void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
   gpu::Image image = plan.key();
   image.append(plan.blocks());
   const auto tables = plan.locate(image.bytes().data());
-  auto launch = std::make_unique<gpu::UpdateLaunch>();
-  launch->control = run.control;
-  launch->grad_scale =
-      gpu::typed_address(run.c.unscale ? &run.grad_scale : nullptr, DType::kFloat64);
-  launch->norms = &norms[0].theta;
+  const auto launch = make_launch(run.control, run.c.unscale ? &run.grad_scale : nullptr, norms);
   std::vector<SumsOfSquares> of_tensor(norms.size());
   for (const gpu::LaunchRange& range : plan.launches()) {
     plan.fill(
@@ -326,20 +264,6 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
   }
 }
 
-bool close(double a, double b, double tolerance) {
-  return std::abs(a - b) <= tolerance * std::abs(b) || (std::isnan(a) && std::isnan(b)) || a == b;
-}
-
-// Lists of float32: the same bits, or both not a number.
-bool same_floats(const List& a, const List& b) {
-  for (size_t at = 0; at < a.memory.size(); at += 4) {
-    float x, y;
-    std::memcpy(&x, &a.memory[at], 4), std::memcpy(&y, &b.memory[at], 4);
-    if (bits_of(x) != bits_of(y) && !(std::isnan(x) && std::isnan(y))) return false;
-  }
-  return true;
-}
-
 void test_update(const Case& c) {
   Tensors by_gpu = make_tensors(c), by_cpu = make_tensors(c), before = make_tensors(c);
   const double skip = c.skip ? 1 : 0;
@@ -348,10 +272,7 @@ void test_update(const Case& c) {
   if (c.trust_ratio) {
     run_gpu(gpu_run, Phase::kStates, norms);
     run_cpu(cpu_run, Phase::kStates, expected);
-    for (size_t i = 0; i < norms.size(); ++i) {
-      CHECK(close(norms[i].theta, expected[i].theta, 1e-12), "%s: norm %zu", c.name.c_str(), i);
-      CHECK(close(norms[i].update, expected[i].update, 1e-12), "%s: norm %zu", c.name.c_str(), i);
-    }
+    check_norms(norms, expected, c.name);
     norms = expected;
   }
   const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
@@ -370,15 +291,14 @@ void test_update(const Case& c) {
   for (size_t l = 0; l < lists.size(); ++l) {
     for (size_t i = 0; i < c.shapes.size(); ++i) {
       const List &found = (*lists[l])[i], &wanted = (*wanted_lists[l])[i];
-      moved = moved || found.memory != (*before_lists[l])[i].memory;
-      if (l < 3 && c.nonfinite) {  // the sign of a NaN that an operation makes is not defined
-        CHECK(same_floats(found, wanted), "%s: %s %zu", c.name.c_str(), kNames[l], i);
+      moved = moved || !found.same_bits((*before_lists[l])[i]);
+      if (l < 3 && c.nonfinite) {
+        for (int64_t k = 0; k < found.size(); ++k) {
+          CHECK(found.same(wanted, k), "%s: %s %zu [%ld]", c.name.c_str(), kNames[l], i, long(k));
+        }
         continue;
       }
-      const auto differ =
-          std::mismatch(found.memory.begin(), found.memory.end(), wanted.memory.begin());
-      CHECK(differ.first == found.memory.end(), "%s: %s %zu, byte %ld", c.name.c_str(), kNames[l],
-            i, long(differ.first - found.memory.begin()));
+      CHECK(found.same_bits(wanted), "%s: %s %zu", c.name.c_str(), kNames[l], i);
     }
   }
   CHECK(moved != c.skip, "%s: moved is %d", c.name.c_str(), moved);

@@ -1,98 +1,16 @@
 // Walks the GPU's per-thread code over every block and thread index on the CPU and compares with
 // the CPU kernels bit for bit. Built with the address and alignment sanitizers, so that an access
 // beyond a list or a wide access to a misaligned one ends the program.
-#include <array>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <memory>
 #include <random>
-#include <string>
-#include <vector>
 
-#include "gpu_plan.h"
+#include "lists.h"
 
 namespace {
 
 using namespace maxva;
+using namespace maxva::test;
 using gpu::LearningRate;
 using gpu::TensorEntry;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      if (++failures > 20) std::exit(1);                                   \
-    }                                                                      \
-  } while (false)
-
-// `n` elements in an allocation that ends with the last one and starts `shift` elements earlier.
-class List {
- public:
-  List(DType dtype, int64_t n, int shift)
-      : dtype_(dtype), n_(n), shift_(shift), memory_((n + shift) * gpu::size_of(dtype)) {}
-
-  DType dtype() const { return dtype_; }
-  int64_t size() const { return n_; }
-  char* data() { return n_ ? memory_.data() + shift_ * gpu::size_of(dtype_) : nullptr; }
-
-  void set(int64_t i, double x) {
-    char* at = data() + i * gpu::size_of(dtype_);
-    switch (dtype_) {
-      case DType::kFloat64: std::memcpy(at, &x, 8); break;
-      case DType::kFloat32: put(at, static_cast<float>(x)); break;
-      case DType::kBFloat16: put_low<BFloat16>(at, x); break;
-      case DType::kFloat16: put_low<Float16>(at, x); break;
-    }
-  }
-
-  double get(int64_t i) {
-    char* at = data() + i * gpu::size_of(dtype_);
-    switch (dtype_) {
-      case DType::kFloat64: return taken<double>(at);
-      case DType::kBFloat16: return to_compute(taken<BFloat16>(at));
-      case DType::kFloat16: return to_compute(taken<Float16>(at));
-      default: return taken<float>(at);
-    }
-  }
-
-  // The same bits, or both not a number.
-  bool same(List& other, int64_t i) {
-    const int size = gpu::size_of(dtype_);
-    return std::memcmp(data() + i * size, other.data() + i * size, size) == 0 ||
-           (std::isnan(get(i)) && std::isnan(other.get(i)));
-  }
-
-  bool same_before_first(const List& other) const {
-    return std::equal(memory_.begin(), memory_.begin() + shift_ * gpu::size_of(dtype_),
-                      other.memory_.begin());
-  }
-
- private:
-  template <typename S>
-  static S taken(const char* at) {
-    S x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-  }
-  static void put(char* at, float x) { std::memcpy(at, &x, 4); }
-  template <typename S>
-  static void put_low(char* at, double x) {
-    S low;
-    from_compute(static_cast<float>(x), low);
-    std::memcpy(at, &low, sizeof low);
-  }
-
-  DType dtype_;
-  int64_t n_;
-  int shift_;
-  std::vector<char> memory_;
-};
 
 struct Case {
   std::string name;
@@ -163,15 +81,8 @@ Tensors make_tensors(const Case& c) {
 std::vector<Hyper> make_hyper(const Case& c) {
   std::vector<Hyper> rows;
   for (int64_t k = 0; k < c.num_groups; ++k) {
-    Hyper h{};
-    h.lr = k % 5 == 4 ? 0 : 1e-2 / double(1 + k % 5);
-    h.alpha = 0.9, h.beta_low = 0.5, h.beta_high = 0.999, h.beta_init = 0.999;
-    h.eps = 1e-8, h.delta = 1e-16;
-    h.weight_decay = k % 2 ? 0 : 0.01;
-    h.bias_correction = h.adam_w_mode = 1;
-    h.trust_ratio = c.trust_ratio;
-    for (double Hyper::* flag : c.switches) h.*flag = 1 - h.*flag;
-    rows.push_back(h);
+    const double lr = k % 5 == 4 ? 0 : 1e-2 / double(1 + k % 5);
+    rows.push_back(test::make_hyper(lr, k % 2 ? 0 : 0.01, c.trust_ratio, c.switches));
   }
   return rows;
 }
@@ -188,8 +99,6 @@ Rounding rounding_of(const Case& c, size_t i) {
   if (i % 3 == 1) return {7, index, 3 + 4 * index + (int64_t{1} << 34), n, 10 * n, 1};
   return {7, index, 11, 5, 13, 1};
 }
-
-using TensorStatistics = std::array<double, kStatistics>;
 
 struct Run {
   const Case& c;
@@ -217,10 +126,7 @@ void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, P
       gpu::ThreadStatistics<T> of_thread;
       const SumsOfSquares own = update(state, thread, of_thread);
       sums.theta += own.theta, sums.update += own.update;
-      const double values[] = {of_thread.gradient_squares, double(of_thread.one_minus_beta),
-                               double(of_thread.at_beta_min), double(of_thread.at_beta_max),
-                               double(of_thread.step_size)};
-      for (int k = 0; k < kStatistics; ++k) statistics[k] += values[k];
+      add(statistics, of_thread);
     }
   };
   const auto with_phase = [&]<Algorithm kAlgorithm, bool kAmsgrad>() {
@@ -254,11 +160,7 @@ void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
   std::vector<double> learning_rates;
   for (const Hyper& h : run.hyper) learning_rates.push_back(h.lr);
 
-  auto launch = std::make_unique<gpu::UpdateLaunch>();
-  launch->control = run.control;
-  launch->grad_scale =
-      gpu::typed_address(run.c.unscale ? &run.grad_scale : nullptr, DType::kFloat64);
-  launch->norms = &norms[0].theta;
+  const auto launch = make_launch(run.control, run.c.unscale ? &run.grad_scale : nullptr, norms);
   int64_t blocks_seen = 0, tensors_seen = 0;
   std::vector<SumsOfSquares> of_tensor(norms.size());
   for (const gpu::LaunchRange& range : plan.launches()) {
@@ -327,10 +229,6 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
   }
 }
 
-bool close(double a, double b) {
-  return std::abs(a - b) <= 1e-12 * std::abs(b) || (std::isnan(a) && std::isnan(b));
-}
-
 void test_update(const Case& c) {
   Tensors by_gpu = make_tensors(c), by_cpu = make_tensors(c), before = make_tensors(c);
   const double skip = c.skip ? 1 : 0;
@@ -340,11 +238,7 @@ void test_update(const Case& c) {
   if (c.trust_ratio) {
     run_gpu(gpu_run, Phase::kStates, norms);
     run_cpu(cpu_run, Phase::kStates, expected);
-    for (size_t i = 0; i < norms.size(); ++i) {
-      CHECK(close(norms[i].theta, expected[i].theta), "%s: norm of theta %zu", c.name.c_str(), i);
-      CHECK(close(norms[i].update, expected[i].update), "%s: norm of update %zu", c.name.c_str(),
-            i);
-    }
+    check_norms(norms, expected, c.name);
     norms = expected;
   }
   const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;

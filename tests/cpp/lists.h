@@ -1,0 +1,147 @@
+// What the tests of the GPU's per-thread code share: the check, lists that the sanitizers watch,
+// and the parts of a run that do not depend on the form of the states.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gpu_plan.h"
+
+namespace maxva::test {
+
+inline int failures = 0;
+
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      if (++maxva::test::failures > 20) std::exit(1);                      \
+    }                                                                      \
+  } while (false)
+
+// `n` elements in an allocation that ends with the last one and starts `shift` elements earlier:
+// numbers of a dtype, or anything of `element_size` bytes.
+class List {
+ public:
+  List(DType dtype, int64_t n, int64_t shift) : List(gpu::size_of(dtype), n, shift) {
+    dtype_ = dtype;
+  }
+  List(int element_size, int64_t n, int64_t shift)
+      : element_size_(element_size), n_(n), shift_(shift), memory_((n + shift) * element_size) {}
+
+  DType dtype() const { return dtype_; }
+  int64_t size() const { return n_; }
+  char* data() { return n_ ? memory_.data() + shift_ * element_size_ : nullptr; }
+
+  template <typename S>
+  void put(int64_t i, S x) {
+    std::memcpy(data() + i * element_size_, &x, sizeof x);
+  }
+
+  void set(int64_t i, double x) {
+    switch (dtype_) {
+      case DType::kFloat64: put(i, x); break;
+      case DType::kFloat32: put(i, static_cast<float>(x)); break;
+      case DType::kBFloat16: put(i, rounded<BFloat16>(x)); break;
+      case DType::kFloat16: put(i, rounded<Float16>(x)); break;
+    }
+  }
+
+  double get(int64_t i) const {
+    switch (dtype_) {
+      case DType::kFloat64: return taken<double>(i);
+      case DType::kBFloat16: return to_compute(taken<BFloat16>(i));
+      case DType::kFloat16: return to_compute(taken<Float16>(i));
+      default: return taken<float>(i);
+    }
+  }
+
+  // The same bits, or both not a number: the sign of a NaN that an operation makes is not defined.
+  bool same(const List& other, int64_t i) const {
+    return std::memcmp(at(i), other.at(i), element_size_) == 0 ||
+           (std::isnan(get(i)) && std::isnan(other.get(i)));
+  }
+
+  bool same_before_first(const List& other) const {
+    return std::equal(memory_.begin(), memory_.begin() + shift_ * element_size_,
+                      other.memory_.begin());
+  }
+
+  bool same_bits(const List& other) const { return memory_ == other.memory_; }
+
+ private:
+  const char* at(int64_t i) const { return memory_.data() + (shift_ + i) * element_size_; }
+  template <typename S>
+  S taken(int64_t i) const {
+    S x;
+    std::memcpy(&x, at(i), sizeof x);
+    return x;
+  }
+  template <typename S>
+  static S rounded(double x) {
+    S low;
+    from_compute(static_cast<float>(x), low);
+    return low;
+  }
+
+  DType dtype_ = DType::kFloat32;
+  int element_size_;
+  int64_t n_, shift_;
+  std::vector<char> memory_;
+};
+
+// Options off or at their defaults; `switches` are turned over.
+inline Hyper make_hyper(double lr, double weight_decay, bool trust_ratio,
+                        const std::vector<double Hyper::*>& switches) {
+  Hyper h{};
+  h.lr = lr;
+  h.alpha = 0.9, h.beta_low = 0.5, h.beta_high = 0.999, h.beta_init = 0.999;
+  h.eps = 1e-8, h.delta = 1e-16, h.weight_decay = weight_decay;
+  h.bias_correction = h.adam_w_mode = 1;
+  h.trust_ratio = trust_ratio;
+  for (double Hyper::* flag : switches) h.*flag = 1 - h.*flag;
+  return h;
+}
+
+using TensorStatistics = std::array<double, kStatistics>;
+
+template <typename T>
+void add(TensorStatistics& statistics, const gpu::ThreadStatistics<T>& of_thread) {
+  const double values[] = {of_thread.gradient_squares, double(of_thread.one_minus_beta),
+                           double(of_thread.at_beta_min), double(of_thread.at_beta_max),
+                           double(of_thread.step_size)};
+  for (int k = 0; k < kStatistics; ++k) statistics[k] += values[k];
+}
+
+inline std::unique_ptr<gpu::UpdateLaunch> make_launch(const double* control,
+                                                      const double* grad_scale,
+                                                      std::vector<SumsOfSquares>& norms) {
+  auto launch = std::make_unique<gpu::UpdateLaunch>();
+  launch->control = control;
+  launch->grad_scale = gpu::typed_address(grad_scale, DType::kFloat64);
+  launch->norms = &norms[0].theta;
+  return launch;
+}
+
+inline bool close(double a, double b, double tolerance = 1e-12) {
+  return std::abs(a - b) <= tolerance * std::abs(b) || (std::isnan(a) && std::isnan(b)) || a == b;
+}
+
+inline void check_norms(const std::vector<SumsOfSquares>& found,
+                        const std::vector<SumsOfSquares>& expected, const std::string& name) {
+  for (size_t i = 0; i < found.size(); ++i) {
+    CHECK(close(found[i].theta, expected[i].theta), "%s: norm of theta %zu", name.c_str(), i);
+    CHECK(close(found[i].update, expected[i].update), "%s: norm of update %zu", name.c_str(), i);
+  }
+}
+
+}  // namespace maxva::test
