@@ -5,28 +5,15 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "gpu_plan.h"
 
 namespace maxva::test {
-
-inline int failures = 0;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      if (++maxva::test::failures > 20) std::exit(1);                      \
-    }                                                                      \
-  } while (false)
 
 // `n` elements in an allocation that ends with the last one and starts `shift` elements earlier:
 // numbers of a dtype, or anything of `element_size` bytes.
