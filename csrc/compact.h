@@ -234,7 +234,7 @@ MAXVA_INLINE uint32_t first_half_of_word(float m, float mean, uint32_t word) {
   return packed_halves(bfloat16_bits<1>(m, word), bfloat16_bits<2>(mean, word));
 }
 MAXVA_INLINE uint32_t second_half_of_word(float var, float w, uint32_t word) {
-  // w is never NaN: observe_centered() bounds c
+  // not asked for NaN: only a loaded w can be, and it has made mean and var NaN
   const uint32_t x = bits_of(folded_weight(w)) + window<0>(word);
   return packed_halves(bfloat16_bits<3>(var, word), x);
 }

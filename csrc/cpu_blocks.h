@@ -197,7 +197,6 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
       x2[j] = _mm256_set1_epi64x(random.parameter);
       x3[j] = _mm256_set1_epi64x(random.t);
     }
-#pragma GCC unroll 16
     for (int round = 0; round < kPhiloxRounds; ++round) {
       for (int j = 0; j < kVectors; ++j) {
         const __m256i a = _mm256_mul_epu32(x0[j], multiplier0);
@@ -240,7 +239,6 @@ __attribute__((target("avx512f"))) inline void random_calls_avx512(const RandomB
         _mm512_add_epi64(_mm512_set1_epi64(first + k), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
     __m512i x1 = _mm512_srli_epi64(x0, 32);
     __m512i x2 = _mm512_set1_epi64(random.parameter), x3 = _mm512_set1_epi64(random.t);
-#pragma GCC unroll 16
     for (int round = 0; round < kPhiloxRounds; ++round) {
       const __m512i a = _mm512_mul_epu32(x0, multiplier0);
       const __m512i b = _mm512_mul_epu32(x2, multiplier1);

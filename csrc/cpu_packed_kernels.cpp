@@ -1,5 +1,5 @@
-// The CPU kernels of compact states: a block is decoded into buffers, moved by the loops of
-// maxva_math.h, and encoded with the scales found on the way.
+// The CPU kernels of compact states: a block is decoded and observed in one loop and moved in
+// another, which also encodes bfloat16; int8 is encoded afterwards, when its scales are known.
 #include <algorithm>
 #include <iterator>
 #include <type_traits>
@@ -24,11 +24,12 @@ static_assert(kBlock == kStateBlock);
 
 // What a block's states are in between.
 struct Moments {
-  alignas(64) float m[kBlock];  // of kInt8 then r, see finish_block
+  // of kInt8 then r, mean and sd, see finish_block, and the root of vmax
+  alignas(64) float m[kBlock];
   alignas(64) float mean[kBlock];
-  alignas(64) float var[kBlock];  // then sd
+  alignas(64) float var[kBlock];
   alignas(64) float w[kBlock];
-  alignas(64) float vmax[kBlock];  // amsgrad; then its root
+  alignas(64) float vmax[kBlock];  // with amsgrad
 };
 
 // Of a block of kInt8.

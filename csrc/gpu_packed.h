@@ -247,7 +247,7 @@ MAXVA_THREAD_CODE void move_lane(const PackedState& block, int index, const Lane
 }
 
 // Roots and units of kInt8. What has no code counts as 0 and is marked by a bit of `nan` (of the
-// root: 16 bits higher).
+// root: 16 bits higher), which the caller has set to 0.
 template <Algorithm kAlgorithm, bool kAmsgrad>
 MAXVA_THREAD_CODE Largest finish_lane(int n, LaneMoments& lane, uint32_t& nan) {
   using Ops = DeviceArithmetic;
@@ -267,7 +267,6 @@ MAXVA_THREAD_CODE Largest finish_lane(int n, LaneMoments& lane, uint32_t& nan) {
       finite = finite && root[k] < INFINITY;
     }
   }
-  nan = 0;
   if (!finite) {
     for (int k = 0; k < kVector; ++k) {
       if (!(Ops::fma(r[k], 0.0f, sd[k]) < INFINITY)) {

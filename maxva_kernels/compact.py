@@ -86,7 +86,7 @@ def num_blocks(row_length: int) -> int:
 
 
 def window(words: Tensor | None, k: int) -> Tensor | None:
-    """16 bits of each random word (int64 in [0, 2^32)) for slot k; None rounds to the nearest."""
+    """16 bits of each random word (int64 in [0, 2^32)) as window k; None rounds to the nearest."""
     if words is None:
         return None
     return (words >> 8 * k | words << 32 - 8 * k) & 0xFFFF
@@ -288,10 +288,10 @@ def _decode_int8(packed: Tensor, scale: Tensor, maximum: Tensor | None, algorith
     w = unfold(signed_value(codes[X], 1.0))
     divisor = unit(algorithm, mean, sd)
     m = r if divisor is None else r * divisor
-    if maximum is None:
-        return Moments(m, mean, sd.square(), w)
-    root = unsigned_value(maximum.to(torch.int32), by_slot[VMAX])
-    return Moments(m, mean, sd.square(), w, root.square())
+    vmax = None
+    if maximum is not None:
+        vmax = unsigned_value(maximum.to(torch.int32), by_slot[VMAX]).square()
+    return Moments(m, mean, sd.square(), w, vmax)
 
 
 def _encode_bfloat16(rows: Moments, words: Tensor | None) -> Packed:

@@ -28,9 +28,9 @@ def _encode_kernel(
     code, exponents = encode(
         tl.load(m + i), tl.load(mean + i), tl.load(var + i), tl.load(w + i), random, WORD, ALGORITHM
     )
-    root, exponents = encode_maximum(tl.load(vmax + i), random, exponents, WORD)
+    maximum_code, exponents = encode_maximum(tl.load(vmax + i), random, exponents, WORD)
     tl.store(packed + i, code)
-    tl.store(maximum + i, root)
+    tl.store(maximum + i, maximum_code)
     if WORD == tl.int32:  # noqa: SIM300
         tl.store(scale + block, exponents)
 

@@ -244,7 +244,7 @@ def encode(m, mean, var, w, words, WORD: tl.constexpr, ALGORITHM: tl.constexpr):
         m_half = upper_half_bits(m, bits_of(m) + window(words, M_WINDOW))
         mean_half = upper_half_bits(mean, bits_of(mean) + window(words, MEAN_WINDOW))
         var_half = upper_half_bits(var, bits_of(var) + window(words, VAR_WINDOW))
-        # w is never NaN: observe_centered() bounds c
+        # not asked for NaN: only a loaded w can be, and it has made mean and var NaN
         x_half = (bits_of(x) + window(words, X_WINDOW)) >> 16
         low = (m_half | (mean_half << 16)).to(tl.uint64)
         high = (var_half | (x_half << 16)).to(tl.uint64)

@@ -67,7 +67,7 @@ LANES = tl.constexpr(128)
 
 # A row per tensor, int64: addresses, then what the traversal needs.
 THETA = tl.constexpr(0)
-VMAX = tl.constexpr(1)  # or its root's codes
+VMAX = tl.constexpr(1)  # or its codes
 MASTER = tl.constexpr(2)
 STEP = tl.constexpr(3)
 NUMEL = tl.constexpr(4)

@@ -153,8 +153,8 @@ def update_packed_(
         g: as update_'s.
         packed: a word per element in its parameter's layout, all int32 or all int64.
         scale: int32 [size(0), blocks per row], a word per block, for int32 words; else empty.
-        maximum: roots of vmax in their parameter's layout, uint8 or (int64 words) bfloat16; or
-            empty.
+        maximum: in their parameter's layout codes of vmax's root (uint8) or, with int64 words, vmax
+            in bfloat16; or empty.
         master: as update_'s, and so the next ones.
         step: float32 counters.
         group_step: int32 counters, or empty.

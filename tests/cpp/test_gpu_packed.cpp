@@ -77,8 +77,13 @@ Tensors make_tensors(const Case& c) {
           return uint64_t{b.bits};
         };
         const float w = float(random() % 1000) / 1000;
-        const uint64_t wide = low(0.3f * normal(random)) | low(0.2f * normal(random)) << 16 |
-                              low(std::fabs(normal(random))) << 32 | low(folded_weight(w)) << 48;
+        uint64_t wide = low(0.3f * normal(random)) | low(0.2f * normal(random)) << 16 |
+                        low(std::fabs(normal(random))) << 32 | low(folded_weight(w)) << 48;
+        if (c.nonfinite && k % 17 == 5) {  // NaN or inf in one slot after the other
+          const int shift = 16 * int(k / 17 % 4);
+          wide &= ~(uint64_t{0xFFFF} << shift);
+          wide |= uint64_t{k % 2 ? 0x7F80u : 0x7FC0u} << shift;
+        }
         t.packed[i].put(k, c.first_step ? uint64_t{0} : wide);
         if (c.amsgrad) {
           t.maximum[i].put(k, uint16_t(c.first_step ? 0 : low(std::fabs(normal(random)))));
