@@ -10,6 +10,7 @@ namespace maxva::gpu {
 constexpr int kLanes = 32, kWarps = kThreads / kLanes;
 constexpr int kStateBlocks = kUpdateChunk / kStateBlock;  // of a chunk, at most
 static_assert(kLanes * kVector == kStateBlock && kTile == kWarps * kStateBlock);
+static_assert(kStateBlocks <= kLanes * kWarps);  // see scales_of_step
 
 // The device's own reciprocal and root, which are a bit or two off: instructions are what the step
 // is bound by, and codes keep few digits. Divisors and squares below 2^-126 count as 0.
@@ -117,9 +118,16 @@ MAXVA_THREAD_CODE Lane find_lane(const PackedState& block, int index, int lane) 
           vector, vector && at.n == kStateBlock};
 }
 
+// kInt8: the scales of the block that a warp moves in its step `lane`. A warp reads those of all
+// its steps at once, as a load in each step would have it wait for memory.
+MAXVA_THREAD_CODE uint32_t scales_of_step(const PackedState& block, int warp, int lane) {
+  const int index = warp + lane * kWarps;
+  return index < block.num_blocks ? in_global_memory(block.scale)[index] : 0;
+}
+
 // Has the second-level cache fetch what a lane will read of block `index`, `offset` elements from
 // the chunk's first: a hint, and none where rows end in a shorter block.
-template <Packing kPacking>
+template <Packing kPacking, bool kAmsgrad>
 MAXVA_THREAD_CODE void prefetch_lane(const PackedState& block, int index, int offset) {
 #if defined(__CUDA_ARCH__)
   if (!block.whole_rows || index >= block.num_blocks) return;
@@ -127,6 +135,9 @@ MAXVA_THREAD_CODE void prefetch_lane(const PackedState& block, int index, int of
     asm volatile("prefetch.global.L2 [%0];" ::"l"(in_global_memory(data)));
   };
   hint(static_cast<const char*>(block.packed) + offset * sizeof(Word<kPacking>));
+  if constexpr (kAmsgrad) {
+    hint(static_cast<const char*>(block.maximum) + offset * sizeof(Maximum<kPacking>));
+  }
   hint(block.moved.data + offset * sizeof(float));
   hint(block.g.data + offset * sizeof(float));
 #endif
@@ -171,12 +182,13 @@ MAXVA_THREAD_CODE void decode_element(Word<kPacking> word, uint32_t exponents,
   }
 }
 
-// Decodes and moves a lane's elements, states and parameters, in registers. With kStates nothing is
-// to be stored: only the norms are wanted. kFast: block.fast holds, which means the common options
-// in float32 and wide accesses to every list, and the block of states is whole.
+// Decodes and moves a lane's elements, states and parameters, in registers; `exponents` are the
+// block's scales. With kStates nothing is to be stored: only the norms are wanted. kFast:
+// block.fast holds, which means the common options in float32 and wide accesses to every list, and
+// the block of states is whole.
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,
           bool kFast>
-MAXVA_THREAD_CODE void move_lane(const PackedState& block, int index, const Lane& at,
+MAXVA_THREAD_CODE void move_lane(const PackedState& block, uint32_t exponents, const Lane& at,
                                  LaneMoments& lane, SumsOfSquares& sums,
                                  ThreadStatistics<float>& statistics) {
   using Ops = DeviceArithmetic;
@@ -193,7 +205,6 @@ MAXVA_THREAD_CODE void move_lane(const PackedState& block, int index, const Lane
   };
   const Vector<float> theta = floats(block.moved);
   Vector<float> g = floats(block.g);
-  const uint32_t exponents = kPacking == Packing::kInt8 ? in_global_memory(block.scale)[index] : 0;
   if (!kFast && block.unscale) {
     for (int k = 0; k < kVector; ++k) g.x[k] = g.x[k] / block.grad_scale;
     // kStates leaves the scaled gradient for the phase that writes it back

@@ -21,12 +21,12 @@ __device__ __forceinline__ float warp_largest(float x) {
 
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,
           bool kFast>
-__device__ __forceinline__ void update_lane(const PackedState& block, int index, const Lane& at,
-                                            SumsOfSquares& sums,
+__device__ __forceinline__ void update_lane(const PackedState& block, int index, uint32_t exponents,
+                                            const Lane& at, SumsOfSquares& sums,
                                             ThreadStatistics<float>& statistics) {
   LaneMoments lane;
-  move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(block, index, at, lane, sums,
-                                                                      statistics);
+  move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(block, exponents, at, lane,
+                                                                      sums, statistics);
   if constexpr (!kStates) {
     uint32_t nan = 0;
     Largest largest;
@@ -52,16 +52,20 @@ __global__ void __launch_bounds__(kThreads, kStates || (kAmsgrad && kCollect) ? 
   ThreadStatistics<float> own;
   SumsOfSquares squares{0, 0};
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
-  for (int index = warp; index < block.num_blocks; index += kWarps) {
-    const Lane at = find_lane(block, index, static_cast<int>(threadIdx.x) % kLanes);
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  uint32_t scales = 0, exponents = 0;
+  if constexpr (kPacking == Packing::kInt8) scales = scales_of_step(block, warp, lane);
+  for (int step = 0, index = warp; index < block.num_blocks; ++step, index += kWarps) {
+    const Lane at = find_lane(block, index, lane);
+    if constexpr (kPacking == Packing::kInt8) exponents = __shfl_sync(~0u, scales, step);
     if (block.fast && at.whole) {
       // registers for loads ahead would cost warps: the next block only moves closer
-      prefetch_lane<kPacking>(block, index + kWarps, at.offset + kWarps * kStateBlock);
-      update_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, true>(block, index, at,
-                                                                           squares, own);
+      prefetch_lane<kPacking, kAmsgrad>(block, index + kWarps, at.offset + kWarps * kStateBlock);
+      update_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, true>(block, index, exponents,
+                                                                           at, squares, own);
     } else {
-      update_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, false>(block, index, at,
-                                                                            squares, own);
+      update_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, false>(block, index, exponents,
+                                                                            at, squares, own);
     }
   }
   store_block_sums<kStates, kCollect>(launch, squares, own);

@@ -121,7 +121,7 @@ struct Run {
 
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,
           bool kFast>
-void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
+void run_warp(const gpu::PackedState& state, int index, uint32_t exponents, SumsOfSquares& sums,
               TensorStatistics& statistics) {
   std::array<gpu::LaneMoments, gpu::kLanes> lanes;
   std::array<gpu::Lane, gpu::kLanes> at;
@@ -130,8 +130,8 @@ void run_warp(const gpu::PackedState& state, int index, SumsOfSquares& sums,
   for (int k = 0; k < gpu::kLanes; ++k) {
     at[k] = gpu::find_lane(state, index, k);
     gpu::ThreadStatistics<float> own;
-    gpu::move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(state, index, at[k],
-                                                                             lanes[k], sums, own);
+    gpu::move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(
+        state, exponents, at[k], lanes[k], sums, own);
     add(statistics, own);
     if constexpr (!kStates && kPacking == Packing::kInt8) {
       const int n = kFast ? gpu::kVector : at[k].n;
@@ -156,13 +156,19 @@ void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, P
   TensorStatistics own{};
   const auto with_collect =
       [&]<Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect>() {
-        for (int index = 0; index < state.num_blocks; ++index) {
-          const bool fast = state.fast && gpu::find_lane(state, index, 0).whole;
-          ++(fast ? fast_warps : general_warps);
-          fast ? run_warp<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, true>(state, index,
-                                                                                   sums, own)
-               : run_warp<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, false>(state, index,
-                                                                                    sums, own);
+        for (int warp = 0; warp < gpu::kWarps; ++warp) {
+          std::array<uint32_t, gpu::kLanes> scales{};
+          for (int k = 0; kPacking == Packing::kInt8 && k < gpu::kLanes; ++k) {
+            scales[k] = gpu::scales_of_step(state, warp, k);
+          }
+          for (int index = warp; index < state.num_blocks; index += gpu::kWarps) {
+            const bool fast = state.fast && gpu::find_lane(state, index, 0).whole;
+            ++(fast ? fast_warps : general_warps);
+            const auto run_it =
+                fast ? run_warp<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, true>
+                     : run_warp<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, false>;
+            run_it(state, index, scales[index / gpu::kWarps], sums, own);
+          }
         }
       };
   const auto with_amsgrad = [&]<Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad>() {
