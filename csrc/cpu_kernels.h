@@ -12,6 +12,10 @@ namespace maxva {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+MAXVA_INLINE int size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // One chunk of one tensor; pointers are at its first element. m, u, v, w (and vmax) are of the
 // compute type: double for float64 parameters, else float.
 struct ChunkView {

@@ -249,6 +249,24 @@ MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta,
   }
 }
 
+// Note [Blocks ahead]
+// The loops over one block are longer than the window in which a core looks ahead, so that it would
+// begin each block by waiting for memory. Between them it is told what the block after the next
+// will read: a list at a time, as it can wait for so many lines at once. These are hints, for
+// addresses behind a list's end, too.
+constexpr int64_t kBlocksAhead = 2;
+
+// first: the current block's first element in the list, whose elements have `size` bytes.
+MAXVA_INLINE void fetch_ahead(const void* list, int64_t first, int64_t size) {
+#if defined(__GNUC__)
+  constexpr uintptr_t kCacheLine = 64;
+  const auto begin = reinterpret_cast<uintptr_t>(list) + (first + kBlocksAhead * kBlock) * size;
+  for (uintptr_t at = begin; at < begin + kBlock * size; at += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at));
+  }
+#endif
+}
+
 // A block of a list that is worked on in place, or, where it is shorter, in a buffer.
 template <typename S, int64_t kPerElement = 1>
 struct WholeBlock {
@@ -303,10 +321,12 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
       load_block(observed.values, g_buffer.values, kBlock);
       g_raw = g_buffer.values;
     }
+    fetch_ahead(view.g, first, size_of(view.g_dtype));
     uint32_t* const packed = packed_block_of.load(view.packed, first, n);
     const uint32_t exponents = kInt8 ? view.scale[block] : 0;
     StoredMaximum<kPacking>* maximum = nullptr;
     if constexpr (kAmsgrad) {
+      fetch_ahead(view.maximum, first, sizeof(StoredMaximum<kPacking>));
       maximum = maximum_block_of.load(view.maximum, first, n);
       decode_maximum<kPacking>(maximum, exponents >> 24, moments.vmax);
     }
@@ -314,10 +334,12 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
                                                            observed.values, moments, c, s)
           : observe_block<false, kPacking, kAlgorithm, Ops>(packed, exponents, g_raw, theta,
                                                             observed.values, moments, c, s);
+    fetch_ahead(view.packed, first, kInt8 ? 4 : 8);
     const uint32_t* words = nullptr;
     // made while the divider is busy with the loops around it; with int8's longer loops that is
     // slower
     if (!kInt8 && !states) words = random_block<Ops>(*view.random, first, n, words_buffer);
+    fetch_ahead(moved, first, size_of(moved_dtype));
     if (plain) {
       move_block<true, Phase::kWhole, kPacking, kAlgorithm, kAmsgrad, Ops>(
           g_raw, theta, moments, words, packed, update, s);

@@ -143,10 +143,6 @@ MAXVA_THREAD_CODE void store(const Vector<S>& values, void* list, int offset, in
   }
 }
 
-MAXVA_THREAD_CODE int size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 MAXVA_THREAD_CODE bool allows_vector(const void* data, DType dtype) {
   const int bytes = size_of(dtype) * kVector;
   return reinterpret_cast<uintptr_t>(data) % (bytes < 16 ? bytes : 16) == 0;
