@@ -1,7 +1,8 @@
 // GB/s of the update kernels without torch, beside a yardstick of bandwidth from the same run: a +=
-// b on the CPU, a copy on the GPU. On the CPU a step of MAdam in float32 over tensors like
-// BERT-Base's, and what the kernels take where all lists stay in the cache of one core: the
-// arithmetic alone. On a GPU both optimizers with every form of states over those of BERT-Large.
+// b on the CPU, a copy on the GPU. On the CPU a step of MAdam with every form of states over
+// tensors like BERT-Base's, and what the kernels take where all lists stay in the cache of one
+// core: the arithmetic alone. On a GPU both optimizers with every form of states over those of
+// BERT-Large.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -26,8 +27,12 @@ namespace {
 
 using namespace maxva;
 
-constexpr double kBytesPerParameter = 44;
 constexpr int kRepeats = 20;
+
+// Bytes that a step moves per parameter; of a state `bits` are kept.
+double bytes_per_parameter(int bits) {
+  return 12 + (bits == 8 ? 8 * (1 + 1.0 / kStateBlock) : bits);
+}
 
 std::vector<int64_t> bert(int layers, int64_t width) {
   std::vector<int64_t> numels{30522 * width, 512 * width, 2 * width, width, width};
@@ -111,7 +116,40 @@ void measure_cpu(const std::vector<int64_t>& numels) {
       },
       n);
   std::printf("CPU a += b %.1f GB/s, kernels: %s\n", yardstick, kernels.isa);
-  report("cpu", kBytesPerParameter * double(n), seconds, yardstick);
+  report("32 bits", bytes_per_parameter(32) * double(n), seconds, yardstick);
+
+  const Scalars<float> compact_scalars = make_scalars<float>(hyper(), 1e-3, 10, 1, 1, true);
+  for (const int kept : {16, 8}) {
+    std::vector<uint64_t> packed(n);
+    std::vector<uint32_t> scale(n / kStateBlock + 1);
+    const Packing packing = kept == 8 ? Packing::kInt8 : Packing::kBFloat16;
+    const auto update = kernels.packed->update[static_cast<int>(packing)][0][0];
+    const auto compact_seconds = timed_on_cpu(
+        [&](int64_t begin, int64_t end) {
+          plan.for_each_chunk(begin, end, [&](const Chunk& c) {
+            const int64_t at = first[c.tensor], numel = numels[c.tensor];
+            const RandomBits random =
+                make_random_bits({1, int64_t(c.tensor), 0, numel, numel, 0}, numel, 10);
+            const PackedView view{&lists[0][at],
+                                  DType::kFloat32,
+                                  nullptr,
+                                  &lists[1][at],
+                                  DType::kFloat32,
+                                  nullptr,
+                                  reinterpret_cast<char*>(packed.data()) + at * (kept / 2),
+                                  kept == 8 ? &scale[at / kStateBlock] : nullptr,
+                                  nullptr,
+                                  numel,
+                                  c.begin / kStateBlock,
+                                  c.end / kStateBlock,
+                                  &random};
+            update(view, compact_scalars, Phase::kWhole);
+          });
+        },
+        n);
+    report(kept == 8 ? "8 bits" : "16 bits", bytes_per_parameter(kept) * double(n), compact_seconds,
+           yardstick);
+  }
 }
 
 // The fastest of many short runs: what disturbs the machine disturbs some of them.
@@ -294,8 +332,7 @@ void measure_cuda(const std::vector<int64_t>& numels) {
       char name[40];
       std::snprintf(name, sizeof name, "%s %d bits",
                     algorithm == Algorithm::kMAdam ? "madam" : "lamadam", kept);
-      const double bytes = 12 + (kept == 8 ? 8 * (1 + 1.0 / kStateBlock) : kept);
-      report(name, bytes * double(n), seconds, copy);
+      report(name, bytes_per_parameter(kept) * double(n), seconds, copy);
     }
     cudaFree(uploaded);
   }
