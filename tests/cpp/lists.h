@@ -19,9 +19,7 @@ namespace maxva::test {
 // numbers of a dtype, or anything of `element_size` bytes.
 class List {
  public:
-  List(DType dtype, int64_t n, int64_t shift) : List(gpu::size_of(dtype), n, shift) {
-    dtype_ = dtype;
-  }
+  List(DType dtype, int64_t n, int64_t shift) : List(size_of(dtype), n, shift) { dtype_ = dtype; }
   List(int element_size, int64_t n, int64_t shift)
       : element_size_(element_size), n_(n), shift_(shift), memory_((n + shift) * element_size) {}
 

@@ -36,9 +36,7 @@ struct Tensors {
 
 DType theta_dtype(const Case& c, size_t i) { return c.theta_dtypes[i % c.theta_dtypes.size()]; }
 
-bool has_master(const Case& c, size_t i) {
-  return c.master && gpu::size_of(theta_dtype(c, i)) == 2;
-}
+bool has_master(const Case& c, size_t i) { return c.master && size_of(theta_dtype(c, i)) == 2; }
 
 Tensors make_tensors(const Case& c) {
   std::mt19937 random(7);
