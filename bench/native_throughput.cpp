@@ -130,19 +130,17 @@ void measure_cpu(const std::vector<int64_t>& numels) {
             const int64_t at = first[c.tensor], numel = numels[c.tensor];
             const RandomBits random =
                 make_random_bits({1, int64_t(c.tensor), 0, numel, numel, 0}, numel, 10);
-            const PackedView view{&lists[0][at],
-                                  DType::kFloat32,
-                                  nullptr,
-                                  &lists[1][at],
-                                  DType::kFloat32,
-                                  nullptr,
-                                  reinterpret_cast<char*>(packed.data()) + at * (kept / 2),
-                                  kept == 8 ? &scale[at / kStateBlock] : nullptr,
-                                  nullptr,
-                                  numel,
-                                  c.begin / kStateBlock,
-                                  c.end / kStateBlock,
-                                  &random};
+            const PackedView view{
+                .theta = &lists[0][at],
+                .theta_dtype = DType::kFloat32,
+                .g = &lists[1][at],
+                .g_dtype = DType::kFloat32,
+                .packed = reinterpret_cast<char*>(packed.data()) + at * (kept / 2),
+                .scale = kept == 8 ? &scale[at / kStateBlock] : nullptr,
+                .row = numel,
+                .first_block = c.begin / kStateBlock,
+                .end_block = c.end / kStateBlock,
+                .random = &random};
             update(view, compact_scalars, Phase::kWhole);
           });
         },
@@ -194,19 +192,15 @@ void measure_in_cache() {
     const RandomBits random = make_random_bits({0, 0, 0, n, n, 0}, n, 10);
     std::fill(std::begin(at.packed), std::end(at.packed), 0);
     std::fill(std::begin(at.scale), std::end(at.scale), 0);
-    const PackedView view{theta,
-                          DType::kFloat32,
-                          nullptr,
-                          g,
-                          DType::kFloat32,
-                          nullptr,
-                          at.packed,
-                          packing == Packing::kInt8 ? at.scale : nullptr,
-                          nullptr,
-                          n,
-                          0,
-                          n / kStateBlock,
-                          &random};
+    const PackedView view{.theta = theta,
+                          .theta_dtype = DType::kFloat32,
+                          .g = g,
+                          .g_dtype = DType::kFloat32,
+                          .packed = at.packed,
+                          .scale = packing == Packing::kInt8 ? at.scale : nullptr,
+                          .row = n,
+                          .end_block = n / kStateBlock,
+                          .random = &random};
     const auto update = kernels.packed->update[static_cast<int>(packing)][0][0];
     return fastest_nanoseconds(n, [&] { update(view, scalars, Phase::kWhole); });
   };

@@ -252,8 +252,8 @@ MAXVA_INLINE void move_block(const float* __restrict g, float* __restrict theta,
 // Note [Blocks ahead]
 // The loops over one block are longer than the window in which a core looks ahead, so that it would
 // begin each block by waiting for memory. Between them it is told what the block after the next
-// will read: a list at a time, as it can wait for so many lines at once. These are hints, for
-// addresses behind a list's end, too.
+// will read: a list at a time, as it can wait for a few lines only. These are hints: where rows end
+// in shorter blocks they are of about that block, and addresses behind a list's end do no harm.
 constexpr int64_t kBlocksAhead = 2;
 
 // first: the current block's first element in the list, whose elements have `size` bytes.
