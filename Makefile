@@ -118,7 +118,7 @@ lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/* tests/cpp/* bench/*.cpp)
+	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/* tests/cpp/*.* tests/cpp/*/* bench/*.cpp)
 
 clean:
 	rm -rf build dist .venv-wheel *.egg-info maxva_kernels/*.so maxva_kernels/_build_info.py

@@ -265,7 +265,7 @@ void measure_cuda(const std::vector<int64_t>& numels) {
   float* const gradients[2] = {lists[1], on_gpu(n)};
   randomize(gradients[0], n, 0.001f, 2);
   randomize(gradients[1], n, 0.001f, 3);
-  float* const step = on_gpu(1);
+  float* const step = on_gpu(int64_t(numels.size()));
 
   const double copied = 8.0 * double(n);
   const double copy = median_rate(copied, timed_on_gpu([&] {
@@ -277,12 +277,13 @@ void measure_cuda(const std::vector<int64_t>& numels) {
     cudaMemset(lists[2], 0, 2 * n * sizeof(float));
     for (const int k : {3, 4, 5}) cudaMemset(lists[k], 0, n * sizeof(float));
     std::vector<gpu::TensorEntry> entries;
-    std::vector<int64_t> first;
-    int steps = 0;
+    std::vector<gpu::TypedAddress> g[2];
+    int calls = 0;
     for (int64_t at = 0; int64_t numel : numels) {
       gpu::TensorEntry entry{};
-      entry.theta = lists[0] + at, entry.step = step, entry.numel = numel;
+      entry.theta = lists[0] + at, entry.numel = numel;
       entry.theta_dtype = int64_t(DType::kFloat32), entry.index = int64_t(entries.size());
+      entry.step = step + entry.index;
       if (kept == 32) {
         entry.m = lists[2] + at, entry.u = lists[3] + at;
         entry.v = lists[4] + at, entry.w = lists[5] + at;
@@ -293,36 +294,22 @@ void measure_cuda(const std::vector<int64_t>& numels) {
         if (kept == 8) entry.scale = reinterpret_cast<uint32_t*>(lists[5] + at / kStateBlock);
       }
       entries.push_back(entry);
-      first.push_back(at);
+      for (const int k : {0, 1}) {
+        g[k].push_back(gpu::typed_address(gradients[k] + at, DType::kFloat32));
+      }
       at += numel;
     }
     const gpu::UpdatePlan plan(entries, {hyper()}, {});
-    gpu::Image image = plan.key();
-    image.append(plan.blocks());
+    const gpu::Image image = plan.image();
     char* uploaded = nullptr;
     cudaMalloc(&uploaded, image.bytes().size());
     cudaMemcpy(uploaded, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice);
+    const std::vector<gpu::LearningRate> lr{{1e-3, gpu::typed_address(nullptr, DType::kFloat32)}};
     for (const Algorithm algorithm : {Algorithm::kMAdam, Algorithm::kLaMAdam}) {
-      const auto seconds = timed_on_gpu([&] {
-        const float* const g = gradients[steps++ % 2];
-        gpu::UpdateLaunch launch{};
-        for (const gpu::LaunchRange& range : plan.launches()) {
-          plan.fill(
-              launch, range, plan.locate(uploaded),
-              [&](int64_t i) { return gpu::typed_address(g + first[i], DType::kFloat32); },
-              [](int64_t) {
-                return gpu::LearningRate{1e-3, gpu::typed_address(nullptr, DType::kFloat32)};
-              });
-          const gpu::UpdateKind kind{algorithm, false, false, Phase::kWhole};
-          const auto blocks = unsigned(range.end_block - range.first_block);
-          if (kept == 32) {
-            gpu::launch_update(launch, kind, blocks, nullptr);
-          } else {
-            gpu::launch_packed(launch, kept == 8 ? Packing::kInt8 : Packing::kBFloat16, kind,
-                               blocks, nullptr);
-          }
-        }
-      });
+      gpu::UpdateKind kind{algorithm, false, {}, Phase::kWhole};
+      if (kept != 32) kind.packing = kept == 8 ? Packing::kInt8 : Packing::kBFloat16;
+      const auto seconds = timed_on_gpu(
+          [&] { gpu::launch_update(plan, uploaded, kind, {}, g[calls++ % 2], lr, nullptr); });
       char name[40];
       std::snprintf(name, sizeof name, "%s %d bits",
                     algorithm == Algorithm::kMAdam ? "madam" : "lamadam", kept);

@@ -1,4 +1,6 @@
 // The CUDA kernels other than the update itself, and the choice of the update's instantiation.
+#include <algorithm>
+
 #include "control.h"
 #include "cuda_kernels.h"
 #include "packed_kernel.cuh"
@@ -23,17 +25,26 @@ extern template void launch_packing<Packing::kBFloat16>(const UpdateLaunch&, Upd
 
 namespace {
 
-template <Algorithm kAlgorithm, typename T>
-void launch_kind(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
-                 cudaStream_t stream) {
+template <typename T>
+void launch_precision(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
+                      cudaStream_t stream) {
+  constexpr auto madam = Algorithm::kMAdam, lamadam = Algorithm::kLaMAdam;
   const auto launch_it =
-      kind.amsgrad ? launch_phase<kAlgorithm, true, T> : launch_phase<kAlgorithm, false, T>;
+      kind.algorithm == madam
+          ? (kind.amsgrad ? launch_phase<madam, true, T> : launch_phase<madam, false, T>)
+          : (kind.amsgrad ? launch_phase<lamadam, true, T> : launch_phase<lamadam, false, T>);
   launch_it(launch, kind.phase, blocks, stream);
 }
 
+// Rows of `width` doubles, of which fields [first, end) count.
+struct SumFields {
+  int width, first, end;
+};
+
 __device__ bool skips(const double* control) { return control && control[kSkip] != 0; }
 
-// One block per tensor.
+// of_tensor[tensor.index] = the sum of the tensor's rows in of_block, in a fixed order; one block
+// per tensor.
 __global__ void __launch_bounds__(kThreads)
     tensor_sums_kernel(const TensorEntry* tensors, const double* of_block, SumFields fields,
                        const double* control, double* of_tensor) {
@@ -62,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 // Note [Deterministic norm]
 // Every block sums its own chunk in a fixed order. The block that finishes last adds the blocks'
 // sums in the order of the chunks, so that the result does not depend on which block that is.
-__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormLaunch launch) {
+__global__ void __launch_bounds__(kThreads) norm_kernel(const NormLaunch __grid_constant__ launch) {
   const double sum = block_sum(norm_thread(launch, blockIdx.x, static_cast<int>(threadIdx.x)));
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -94,44 +105,65 @@ __global__ void control_kernel(const ControlLaunch launch) {
 
 }  // namespace
 
-void launch_update(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
-                   cudaStream_t stream) {
-  const bool madam = kind.algorithm == Algorithm::kMAdam;
-  const auto launch_it = kind.float64 ? (madam ? launch_kind<Algorithm::kMAdam, double>
-                                               : launch_kind<Algorithm::kLaMAdam, double>)
-                                      : (madam ? launch_kind<Algorithm::kMAdam, float>
-                                               : launch_kind<Algorithm::kLaMAdam, float>);
-  launch_it(launch, kind, blocks, stream);
+void launch_update(const UpdatePlan& plan, const char* uploaded, UpdateKind kind,
+                   const UpdateMemory& memory, const std::vector<TypedAddress>& g,
+                   const std::vector<LearningRate>& lr, cudaStream_t stream) {
+  const UpdatePlan::OnDevice tables = plan.locate(uploaded);
+  UpdateLaunch launch;
+  launch.control = memory.control;
+  launch.grad_scale = memory.grad_scale;
+  launch.norms = memory.norms;
+  for (const LaunchRange& range : plan.launches()) {
+    if (range.num_blocks() == 0) continue;
+    launch.block_sums = memory.block_sums ? memory.block_sums + range.first_block : nullptr;
+    launch.block_statistics =
+        memory.statistics ? memory.block_statistics + range.first_block * kStatistics : nullptr;
+    plan.fill(launch, range, tables, g, lr);
+    const auto launch_it =
+        kind.packing    ? (*kind.packing == Packing::kInt8 ? launch_packing<Packing::kInt8>
+                                                           : launch_packing<Packing::kBFloat16>)
+        : range.float64 ? launch_precision<double>
+                        : launch_precision<float>;
+    launch_it(launch, kind, range.num_blocks(), stream);
+  }
+
+  // also where there are no blocks: empty tensors have sums of 0
+  const auto sum = [&](const double* of_block, SumFields fields, double* of_tensor) {
+    launch_kernel(tensor_sums_kernel, static_cast<unsigned>(plan.tensors().size()), kThreads,
+                  stream, tables.tensors, of_block, fields, memory.control, of_tensor);
+  };
+  if (memory.statistics) {
+    sum(memory.block_statistics,
+        {kStatistics, first_statistic(kind.phase), end_of_statistics(kind.phase)},
+        memory.statistics);
+  }
+  if (kind.phase == Phase::kStates) {
+    sum(reinterpret_cast<const double*>(memory.block_sums), {2, 0, 2}, memory.norms);
+    return;
+  }
+  // the step is counted once, after the parameters have moved
+  const auto num_tensors = static_cast<int64_t>(plan.tensors().size());
+  const int64_t counters = std::max(num_tensors, plan.num_groups());
+  launch_kernel(count_kernel, static_cast<unsigned>((counters + kThreads - 1) / kThreads), kThreads,
+                stream, tables.tensors, num_tensors, tables.group_steps, plan.num_groups(),
+                memory.control);
 }
 
-void launch_packed(const UpdateLaunch& launch, Packing packing, UpdateKind kind, unsigned blocks,
-                   cudaStream_t stream) {
-  const auto launch_it = packing == Packing::kInt8 ? launch_packing<Packing::kInt8>
-                                                   : launch_packing<Packing::kBFloat16>;
-  launch_it(launch, kind, blocks, stream);
-}
-
-void launch_tensor_sums(const TensorEntry* tensors, int64_t num_tensors, const double* of_block,
-                        SumFields fields, const double* control, double* of_tensor,
-                        cudaStream_t stream) {
-  tensor_sums_kernel<<<static_cast<unsigned>(num_tensors), kThreads, 0, stream>>>(
-      tensors, of_block, fields, control, of_tensor);
-}
-
-void launch_count(const TensorEntry* tensors, int64_t num_tensors, int32_t* const* group_steps,
-                  int64_t num_groups, const double* control, cudaStream_t stream) {
-  const int64_t counters = num_tensors > num_groups ? num_tensors : num_groups;
-  const auto blocks = static_cast<unsigned>((counters + kThreads - 1) / kThreads);
-  count_kernel<<<blocks, kThreads, 0, stream>>>(tensors, num_tensors, group_steps, num_groups,
-                                                control);
-}
-
-void launch_norm(const NormLaunch& launch, unsigned blocks, cudaStream_t stream) {
-  norm_kernel<<<blocks, kThreads, 0, stream>>>(launch);
+void launch_norm(const NormPlan& plan, char* uploaded, const std::vector<TypedAddress>& g,
+                 double* block_sums, double* result, cudaStream_t stream) {
+  NormLaunch launch;
+  launch.all_block_sums = block_sums;
+  launch.result = result;
+  for (const LaunchRange& range : plan.launches()) {
+    if (range.num_blocks() == 0) continue;
+    plan.fill(launch, range, plan.locate(uploaded), g);
+    launch.block_sums = block_sums + range.first_block;
+    launch_kernel(norm_kernel, range.num_blocks(), kThreads, stream, launch);
+  }
 }
 
 void launch_control(const ControlLaunch& launch, cudaStream_t stream) {
-  control_kernel<<<1, 1, 0, stream>>>(launch);
+  launch_kernel(control_kernel, 1, 1, stream, launch);
 }
 
 }  // namespace maxva::gpu

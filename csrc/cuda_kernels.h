@@ -1,40 +1,42 @@
-// Launches of the CUDA kernels. Needs CUDA, no torch; errors are left to cudaGetLastError.
+// What the device runs for a plan of gpu_plan.h. Needs CUDA, no torch; nothing here waits for the
+// device, and errors are left to cudaGetLastError.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "gpu_traversal.h"
+#include <optional>
+#include <vector>
+
+#include "gpu_plan.h"
 
 namespace maxva::gpu {
 
 struct UpdateKind {
   Algorithm algorithm;
-  bool amsgrad, float64;
+  bool amsgrad;
+  std::optional<Packing> packing;  // of compact states
   Phase phase;
 };
 
-void launch_update(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks,
-                   cudaStream_t stream);
-
-// Of compact states; never float64.
-void launch_packed(const UpdateLaunch& launch, Packing packing, UpdateKind kind, unsigned blocks,
-                   cudaStream_t stream);
-
-// Rows of `width` doubles, of which fields [first, end) count.
-struct SumFields {
-  int width, first, end;
+// The device memory of an update beside its plan.
+struct UpdateMemory {
+  const double* control;      // or null
+  TypedAddress grad_scale;    // or null
+  double* norms;              // [tensors, 2]: written by kStates, read by kParameters
+  double* statistics;         // [tensors, kStatistics], or null: not collected
+  SumsOfSquares* block_sums;  // scratch for kStates: [blocks of the plan]
+  double* block_statistics;   // scratch for statistics: [blocks of the plan, kStatistics]
 };
 
-// of_tensor[tensor.index] = the sum of the tensor's rows in of_block, in a fixed order.
-void launch_tensor_sums(const TensorEntry* tensors, int64_t num_tensors, const double* of_block,
-                        SumFields fields, const double* control, double* of_tensor,
-                        cudaStream_t stream);
+// One phase of a step, and with its last the count of the step; g by index of the tensor, lr by
+// group.
+void launch_update(const UpdatePlan& plan, const char* uploaded, UpdateKind kind,
+                   const UpdateMemory& memory, const std::vector<TypedAddress>& g,
+                   const std::vector<LearningRate>& lr, cudaStream_t stream);
 
-// step and group_step += 1, unless control says skip.
-void launch_count(const TensorEntry* tensors, int64_t num_tensors, int32_t* const* group_steps,
-                  int64_t num_groups, const double* control, cudaStream_t stream);
-
-void launch_norm(const NormLaunch& launch, unsigned blocks, cudaStream_t stream);
+// *result = the sum of squares of all elements; block_sums: scratch, [blocks of the plan].
+void launch_norm(const NormPlan& plan, char* uploaded, const std::vector<TypedAddress>& g,
+                 double* block_sums, double* result, cudaStream_t stream);
 
 struct ControlLaunch {
   const double* sum_of_squares;        // or null

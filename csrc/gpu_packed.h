@@ -1,4 +1,4 @@
-// What one GPU thread does with compact states; like gpu_traversal.h it also compiles for the CPU.
+// What one GPU thread does with compact states, as gpu_traversal.h.
 // A warp takes one block of kStateBlock elements at a time, each of its lanes kVector of them.
 #pragma once
 

@@ -2,6 +2,7 @@
 // Note [Launch arguments] in gpu_traversal.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -15,9 +16,11 @@ namespace maxva::gpu {
 // Consecutive tensors whose gradients and learning rates fit one launch's arguments.
 struct LaunchRange {
   int64_t first_tensor, end_tensor;
-  int64_t first_group;
   int64_t first_block, end_block;
-  bool float64;
+  int64_t first_group = 0;
+  bool float64 = false;
+
+  unsigned num_blocks() const { return static_cast<unsigned>(end_block - first_block); }
 };
 
 inline std::vector<BlockEntry> block_map(const ChunkPlan& chunks) {
@@ -73,8 +76,9 @@ class UpdatePlan {
 
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
   int64_t num_blocks() const { return num_blocks_; }
+  int64_t num_groups() const { return static_cast<int64_t>(group_steps_.size()); }
 
-  // Tensors, hyper-parameters, counters: what identifies the plan. The block map follows from it.
+  // Tensors, hyper-parameters, counters: what identifies the plan.
   Image key() const {
     Image image;
     image.append(tensors_);
@@ -83,13 +87,16 @@ class UpdatePlan {
     return image;
   }
 
-  std::vector<BlockEntry> blocks() const {
+  // What is uploaded: the key, and the block map, which follows from it.
+  Image image() const {
     std::vector<int64_t> numels;
     for (const TensorEntry& tensor : tensors_) numels.push_back(tensor.work());
-    return block_map(ChunkPlan(numels, kUpdateChunk));
+    Image image = key();
+    image.append(block_map(ChunkPlan(numels, kUpdateChunk)));
+    return image;
   }
 
-  // Where the tables are in an uploaded image: the key, then the block map.
+  // Where the tables are in an uploaded image.
   struct OnDevice {
     const TensorEntry* tensors;
     const Hyper* hyper;
@@ -113,18 +120,16 @@ class UpdatePlan {
       const bool fits = !ranges.empty() && ranges.back().float64 == is_float64(tensor) &&
                         i - ranges.back().first_tensor < kMaxTensors &&
                         tensor.group - ranges.back().first_group < kMaxGroups;
-      if (!fits) ranges.push_back({i, i, tensor.group, tensor.first_block, 0, is_float64(tensor)});
+      if (!fits) ranges.push_back({i, i, tensor.first_block, 0, tensor.group, is_float64(tensor)});
       ranges.back().end_tensor = i + 1;
       ranges.back().end_block = i + 1 < num_tensors ? tensors_[i + 1].first_block : num_blocks_;
     }
     return ranges;
   }
 
-  // Fills in what travels with the launch; g and lr give those of a tensor (by its index) and
-  // group.
-  template <typename G, typename Lr>
-  void fill(UpdateLaunch& launch, const LaunchRange& range, const OnDevice& tables, const G& g,
-            const Lr& lr) const {
+  // Fills in what travels with the launch; g by index of the tensor, lr by group.
+  void fill(UpdateLaunch& launch, const LaunchRange& range, const OnDevice& tables,
+            const std::vector<TypedAddress>& g, const std::vector<LearningRate>& lr) const {
     launch.tensors = tables.tensors;
     launch.hyper = tables.hyper;
     launch.blocks = tables.blocks + range.first_block;
@@ -132,10 +137,8 @@ class UpdatePlan {
     launch.first_group = static_cast<int32_t>(range.first_group);
     for (int64_t i = range.first_tensor; i < range.end_tensor; ++i) {
       const int64_t group = tensors_[i].group;
-      launch.g[i - range.first_tensor] = g(tensors_[i].index);
-      if (i == range.first_tensor || group != tensors_[i - 1].group) {
-        launch.lr[group - range.first_group] = lr(group);
-      }
+      launch.g[i - range.first_tensor] = g[tensors_[i].index];
+      launch.lr[group - range.first_group] = lr[group];
     }
   }
 
@@ -148,6 +151,66 @@ class UpdatePlan {
   std::vector<Hyper> hyper_;
   std::vector<int32_t*> group_steps_;
   int64_t num_blocks_;
+};
+
+// The tables of a norm: sizes, a count of finished blocks, and the block map.
+class NormPlan {
+ public:
+  explicit NormPlan(std::vector<int64_t> numels)
+      : numels_(std::move(numels)), chunks_(numels_, kNormChunk) {}
+
+  int64_t num_blocks() const { return chunks_.num_chunks(); }
+
+  Image key() const {
+    Image image;
+    image.append(numels_);
+    image.append(std::vector<int64_t>{0});
+    return image;
+  }
+
+  Image image() const {
+    Image image = key();
+    image.append(block_map(chunks_));
+    return image;
+  }
+
+  struct OnDevice {
+    const int64_t* numels;
+    unsigned* finished;
+    const BlockEntry* blocks;
+  };
+
+  OnDevice locate(char* image) const {
+    char* finished = image + numels_.size() * sizeof(int64_t);
+    return {reinterpret_cast<const int64_t*>(image), reinterpret_cast<unsigned*>(finished),
+            reinterpret_cast<const BlockEntry*>(finished + sizeof(int64_t))};
+  }
+
+  std::vector<LaunchRange> launches() const {
+    std::vector<LaunchRange> ranges;
+    const auto num_tensors = static_cast<int64_t>(numels_.size());
+    for (int64_t first = 0; first < num_tensors; first += kMaxTensors) {
+      const int64_t end = std::min<int64_t>(num_tensors, first + kMaxTensors);
+      ranges.push_back({first, end, chunks_.first_chunk(first), chunks_.first_chunk(end)});
+    }
+    return ranges;
+  }
+
+  void fill(NormLaunch& launch, const LaunchRange& range, const OnDevice& tables,
+            const std::vector<TypedAddress>& g) const {
+    launch.numels = tables.numels;
+    launch.finished = tables.finished;
+    launch.num_blocks = num_blocks();
+    launch.blocks = tables.blocks + range.first_block;
+    launch.first_tensor = range.first_tensor;
+    for (int64_t i = range.first_tensor; i < range.end_tensor; ++i) {
+      launch.g[i - range.first_tensor] = g[i];
+    }
+  }
+
+ private:
+  std::vector<int64_t> numels_;
+  ChunkPlan chunks_;
 };
 
 }  // namespace maxva::gpu

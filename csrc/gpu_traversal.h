@@ -1,6 +1,6 @@
-// What one GPU thread does, as a function of (launch arguments, block index, thread index). It also
-// compiles for the CPU, where tests walk it over every index and compare with cpu_kernels.h bit for
-// bit. Needs neither torch nor CUDA; the kernels around it are in update_kernel.cuh.
+// What one GPU thread does, as a function of (launch arguments, block index, thread index). Needs
+// neither torch nor CUDA; the kernels around it are in update_kernel.cuh. They compile for the CPU,
+// too, where tests run them and compare with cpu_kernels.h bit for bit.
 #pragma once
 
 #include <cstdint>

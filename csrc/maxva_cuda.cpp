@@ -9,7 +9,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
 #include <limits>
 #include <list>
 #include <memory>
@@ -17,7 +16,6 @@
 
 #include "backend.h"
 #include "cuda_kernels.h"
-#include "gpu_plan.h"
 
 namespace maxva {
 namespace {
@@ -63,39 +61,33 @@ Uploaded upload_for_graph(const std::vector<char>& bytes) {
 // The most recently used plans. An entry serves one stream only: the upload is ordered there.
 class PlanCache {
  public:
-  // `rest` makes what follows the key in the uploaded image.
-  template <typename Rest>
-  Uploaded find_or_upload(const gpu::Image& key, const CUDAStream& stream, const Rest& rest) {
-    if (is_capturing()) return upload_for_graph(with_rest(key, rest));
+  template <typename Plan>
+  Uploaded find_or_upload(const Plan& plan, const CUDAStream& stream) {
+    if (is_capturing()) return upload_for_graph(plan.image().bytes());
+    const gpu::Image key = plan.key();
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
-      if (plan->stream == stream && plan->key == key.bytes()) {
-        plans_.splice(plans_.begin(), plans_, plan);
-        return plan->uploaded;
+    for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
+      if (entry->stream == stream && entry->key == key.bytes()) {
+        entries_.splice(entries_.begin(), entries_, entry);
+        return entry->uploaded;
       }
     }
-    plans_.push_front({stream, key.bytes(), upload(with_rest(key, rest), stream.device())});
-    if (plans_.size() > kCapacity) plans_.pop_back();
-    return plans_.front().uploaded;
+    entries_.push_front({stream, key.bytes(), upload(plan.image().bytes(), stream.device())});
+    if (entries_.size() > kCapacity) entries_.pop_back();
+    return entries_.front().uploaded;
   }
 
  private:
   static constexpr size_t kCapacity = 32;
 
-  struct Plan {
+  struct Entry {
     CUDAStream stream;
     std::vector<char> key;
     Uploaded uploaded;
   };
 
-  template <typename Rest>
-  static std::vector<char> with_rest(gpu::Image image, const Rest& rest) {
-    rest(image);
-    return image.bytes();
-  }
-
   std::mutex mutex_;
-  std::list<Plan> plans_;
+  std::list<Entry> entries_;
 };
 
 // Never destroyed: torch's allocator may be gone by then.
@@ -163,7 +155,20 @@ gpu::UpdatePlan make_plan(const UpdateArgs& args) {
   return {tensors, args.hyper, std::move(group_steps)};
 }
 
-constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+// What a launch allows.
+template <typename Plan>
+void check_size(const Plan& plan) {
+  constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(plan.num_blocks() <= kMaxBlocks, "maxva: ", plan.num_blocks(),
+                    " chunks in one list, at most ", kMaxBlocks, " are supported");
+}
+
+std::vector<gpu::TypedAddress> typed_addresses(const std::vector<at::Tensor>& g) {
+  std::vector<gpu::TypedAddress> addresses;
+  addresses.reserve(g.size());
+  for (const at::Tensor& tensor : g) addresses.push_back(typed_address(tensor));
+  return addresses;
+}
 
 }  // namespace
 
@@ -172,64 +177,38 @@ void update_cuda(const UpdateArgs& args) {
   const c10::cuda::CUDAGuard guard(device);
   const CUDAStream stream = c10::cuda::getCurrentCUDAStream();
   const gpu::UpdatePlan plan = make_plan(args);
-  TORCH_CHECK_VALUE(plan.num_blocks() <= kMaxBlocks, "maxva: ", plan.num_blocks(),
-                    " chunks in one list, at most ", kMaxBlocks, " are supported");
-  const Uploaded uploaded = update_plans().find_or_upload(
-      plan.key(), stream, [&](gpu::Image& image) { image.append(plan.blocks()); });
-  const gpu::UpdatePlan::OnDevice tables = plan.locate(uploaded.get());
+  check_size(plan);
+  const Uploaded uploaded = update_plans().find_or_upload(plan, stream);
 
-  const bool states = args.phase == Phase::kStates;
-  const double* control = args.control ? args.control->const_data_ptr<double>() : nullptr;
-  double* norms = args.norms ? args.norms->mutable_data_ptr<double>() : nullptr;
-  const auto float64 = at::TensorOptions().dtype(at::kDouble).device(device);
-  const auto rows = [&](bool wanted, int width) {
+  // in use until the stream gets there, which the allocator knows
+  const auto scratch = [&](bool wanted, int width) {
+    const auto float64 = at::TensorOptions().dtype(at::kDouble).device(device);
     return wanted ? at::empty({plan.num_blocks(), width}, float64) : at::Tensor();
   };
-  const at::Tensor sums = rows(states, 2),
-                   statistics = rows(args.statistics.has_value(), kStatistics);
-  auto* const block_sums = states ? sums.mutable_data_ptr<double>() : nullptr;
-  auto* const block_statistics = args.statistics ? statistics.mutable_data_ptr<double>() : nullptr;
+  const at::Tensor sums = scratch(args.phase == Phase::kStates, 2),
+                   statistics = scratch(args.statistics.has_value(), kStatistics);
+  const auto doubles = [](const auto& tensor) {
+    return tensor ? tensor->template mutable_data_ptr<double>() : nullptr;
+  };
   std::vector<at::Tensor> kept;
-
-  gpu::UpdateLaunch launch;
-  launch.control = control;
-  launch.grad_scale = scalar_address(args.grad_scale, kept);
-  launch.norms = norms;
-  for (const gpu::LaunchRange& range : plan.launches()) {
-    if (range.first_block == range.end_block) continue;
-    launch.block_sums =
-        states ? reinterpret_cast<SumsOfSquares*>(block_sums) + range.first_block : nullptr;
-    launch.block_statistics =
-        block_statistics ? block_statistics + range.first_block * kStatistics : nullptr;
-    plan.fill(
-        launch, range, tables, [&](int64_t i) { return typed_address(args.lists.g[i]); },
-        [&](int64_t k) {
-          return gpu::LearningRate{args.hyper[k].lr, scalar_address(args.lr[k], kept)};
-        });
-    const gpu::UpdateKind kind{args.algorithm, args.amsgrad(), range.float64, args.phase};
-    const auto blocks = static_cast<unsigned>(range.end_block - range.first_block);
-    if (args.is_packed()) {
-      gpu::launch_packed(launch, args.packing(), kind, blocks, stream);
-    } else {
-      gpu::launch_update(launch, kind, blocks, stream);
-    }
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const gpu::UpdateMemory memory{
+      .control = doubles(args.control),
+      .grad_scale = scalar_address(args.grad_scale, kept),
+      .norms = doubles(args.norms),
+      .statistics = doubles(args.statistics),
+      .block_sums = sums.defined()
+                        ? reinterpret_cast<SumsOfSquares*>(sums.mutable_data_ptr<double>())
+                        : nullptr,
+      .block_statistics = statistics.defined() ? statistics.mutable_data_ptr<double>() : nullptr,
+  };
+  std::vector<gpu::LearningRate> lr;
+  for (size_t k = 0; k < args.hyper.size(); ++k) {
+    lr.push_back({args.hyper[k].lr, scalar_address(args.lr[k], kept)});
   }
-
-  const auto num_tensors = static_cast<int64_t>(plan.tensors().size());
-  if (args.statistics) {  // also where there are no blocks: empty tensors have sums of 0
-    gpu::launch_tensor_sums(
-        tables.tensors, num_tensors, block_statistics,
-        {kStatistics, first_statistic(args.phase), end_of_statistics(args.phase)}, control,
-        args.statistics->mutable_data_ptr<double>(), stream);
-  }
-  if (states) {
-    gpu::launch_tensor_sums(tables.tensors, num_tensors, block_sums, {2, 0, 2}, control, norms,
-                            stream);
-  } else {  // the step is counted once, after the parameters have moved
-    gpu::launch_count(tables.tensors, num_tensors, tables.group_steps,
-                      static_cast<int64_t>(args.lists.group_step.size()), control, stream);
-  }
+  const gpu::UpdateKind kind{args.algorithm, args.amsgrad(),
+                             args.is_packed() ? std::optional(args.packing()) : std::nullopt,
+                             args.phase};
+  gpu::launch_update(plan, uploaded.get(), kind, memory, typed_addresses(args.lists.g), lr, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -241,42 +220,15 @@ at::Tensor sum_of_squares_cuda(const std::vector<at::Tensor>& g) {
   std::vector<int64_t> numels;
   numels.reserve(g.size());
   for (const at::Tensor& tensor : g) numels.push_back(tensor.numel());
-  const ChunkPlan chunks(numels, gpu::kNormChunk);
-  const int64_t num_blocks = chunks.num_chunks();
-  if (num_blocks == 0) return at::zeros({1}, float64);
-  TORCH_CHECK_VALUE(num_blocks <= kMaxBlocks, "maxva: ", num_blocks,
-                    " chunks in one list, at most ", kMaxBlocks, " are supported");
-
-  // numels, then the count of finished blocks, then the block map
-  gpu::Image key;
-  key.append(numels);
-  key.append(std::vector<int64_t>{0});
-  const Uploaded uploaded = norm_plans().find_or_upload(
-      key, stream, [&](gpu::Image& image) { image.append(gpu::block_map(chunks)); });
-  char* const image = uploaded.get();
-  char* const finished = image + numels.size() * sizeof(int64_t);
-  const auto* blocks = reinterpret_cast<const gpu::BlockEntry*>(finished + sizeof(int64_t));
-
-  const at::Tensor sums = at::empty({num_blocks}, float64);
+  const gpu::NormPlan plan(std::move(numels));
+  if (plan.num_blocks() == 0) return at::zeros({1}, float64);
+  check_size(plan);
+  const Uploaded uploaded = norm_plans().find_or_upload(plan, stream);
+  const at::Tensor sums = at::empty({plan.num_blocks()}, float64);
   at::Tensor result = at::empty({1}, float64);
-  gpu::NormLaunch launch;
-  launch.numels = reinterpret_cast<const int64_t*>(image);
-  launch.all_block_sums = sums.mutable_data_ptr<double>();
-  launch.result = result.mutable_data_ptr<double>();
-  launch.finished = reinterpret_cast<unsigned*>(finished);
-  launch.num_blocks = num_blocks;
-  const auto num_tensors = static_cast<int64_t>(g.size());
-  for (int64_t first = 0; first < num_tensors; first += gpu::kMaxTensors) {
-    const int64_t end = std::min(num_tensors, first + gpu::kMaxTensors);
-    const int64_t first_block = chunks.first_chunk(first), end_block = chunks.first_chunk(end);
-    if (first_block == end_block) continue;
-    launch.blocks = blocks + first_block;
-    launch.block_sums = launch.all_block_sums + first_block;
-    launch.first_tensor = first;
-    for (int64_t i = first; i < end; ++i) launch.g[i - first] = typed_address(g[i]);
-    gpu::launch_norm(launch, static_cast<unsigned>(end_block - first_block), stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  gpu::launch_norm(plan, uploaded.get(), typed_addresses(g), sums.mutable_data_ptr<double>(),
+                   result.mutable_data_ptr<double>(), stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }
 

@@ -45,7 +45,7 @@ __device__ __forceinline__ void update_lane(const PackedState& block, int index,
 // kStates: the trust ratio's first phase, which leaves the states to the second.
 template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect>
 __global__ void __launch_bounds__(kThreads, kStates || (kAmsgrad && kCollect) ? 2 : 3)
-    packed_kernel(const __grid_constant__ UpdateLaunch launch, Phase phase) {
+    packed_kernel(const UpdateLaunch __grid_constant__ launch, Phase phase) {
   __shared__ PackedState block;
   if (threadIdx.x == 0) prepare_packed_block(launch, blockIdx.x, phase, block);
   __syncthreads();
@@ -90,7 +90,7 @@ void launch_packing(const UpdateLaunch& launch, UpdateKind kind, unsigned blocks
                           : (kind.amsgrad ? packed_kernel_of<kPacking, lamadam, true>
                                           : packed_kernel_of<kPacking, lamadam, false>);
   const auto kernel = choose(kind.phase == Phase::kStates, launch.block_statistics != nullptr);
-  kernel<<<blocks, kThreads, 0, stream>>>(launch, kind.phase);
+  launch_kernel(kernel, blocks, kThreads, stream, launch, kind.phase);
 }
 
 }  // namespace maxva::gpu

@@ -1,9 +1,19 @@
 // The update kernel around gpu_traversal.h; each .cu file that includes this instantiates a part.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda_kernels.h"
 
 namespace maxva::gpu {
+
+// As kernel<<<blocks, threads, 0, stream>>>(args...), in C++.
+template <typename... Params>
+void launch_kernel(void (*kernel)(Params...), unsigned blocks, unsigned threads,
+                   cudaStream_t stream, const std::type_identity_t<Params>&... args) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  cudaLaunchKernel(kernel, blocks, threads, pointers, 0, stream);
+}
 
 // The block's sums of N values each thread has, in thread k the k-th, in an order that depends on
 // nothing but the block's size.
@@ -57,7 +67,7 @@ constexpr int kMinBlocks = sizeof(T) == 8                                     ? 
 
 template <Algorithm kAlgorithm, bool kAmsgrad, Phase kPhase, bool kCollect, typename T>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<kAmsgrad, kPhase, kCollect, T>))
-    update_kernel(const __grid_constant__ UpdateLaunch launch) {
+    update_kernel(const UpdateLaunch __grid_constant__ launch) {
   __shared__ BlockState<T> block;
   if (threadIdx.x == 0) prepare_block(launch, blockIdx.x, kPhase, block);
   __syncthreads();
@@ -79,7 +89,7 @@ template <Algorithm kAlgorithm, bool kAmsgrad, typename T>
 void launch_phase(const UpdateLaunch& launch, Phase phase, unsigned blocks, cudaStream_t stream) {
   const auto kernel = launch.block_statistics ? kernel_of<kAlgorithm, kAmsgrad, true, T>(phase)
                                               : kernel_of<kAlgorithm, kAmsgrad, false, T>(phase);
-  kernel<<<blocks, kThreads, 0, stream>>>(launch);
+  launch_kernel(kernel, blocks, kThreads, stream, launch);
 }
 
 }  // namespace maxva::gpu

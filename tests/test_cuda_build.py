@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: per-thread code walked on the CPU, registers, machine code."""
+"""The CUDA sources without a GPU: the kernels run on the host, registers, machine code."""
 
 from __future__ import annotations
 
@@ -54,27 +54,27 @@ def _parallel(commands: list[list[object]]) -> list[subprocess.CompletedProcess[
 
 
 @needs_gcc
-def test_device_code_on_the_host(tmp_path: Path) -> None:
-    compiler = ["g++", *HOST_FLAGS, f"-I{CSRC}", "-c"]
+def test_kernels_on_the_host(tmp_path: Path) -> None:
+    compiler = ["g++", *HOST_FLAGS, f"-I{ROOT / 'tests/cpp/on_host'}", f"-I{CSRC}", "-c"]
     checked = ["-O1", "-fno-strict-aliasing", "-fno-sanitize-recover=all", SANITIZERS]
-    kernels = [CSRC / "cpu_kernels.cpp", CSRC / "cpu_packed_kernels.cpp"]
     tests = sorted((ROOT / "tests/cpp").glob("test_*.cpp"))
+    libraries = {
+        **{
+            CSRC / f"{name}.cpp": ["-O2", "-fopenmp-simd"]
+            for name in ("cpu_kernels", "cpu_packed_kernels")
+        },
+        **{kernels: [*checked, "-x", "c++"] for kernels in sorted(CSRC.glob("*.cu"))},
+    }
+    sources = {**libraries, **dict.fromkeys(tests, checked)}
+    objects = {source: tmp_path / f"{source.stem}.o" for source in sources}
     _parallel(
-        [
-            *(
-                [*compiler, "-O2", "-fopenmp-simd", k, "-o", tmp_path / f"{k.stem}.o"]
-                for k in kernels
-            ),
-            *([*compiler, *checked, test, "-o", tmp_path / f"{test.stem}.o"] for test in tests),
-        ]
+        [[*compiler, *flags, s, "-o", objects[s]] for s, flags in sources.items()],
     )
     assert len(tests) == 3
     for test in tests:
-        program, objects = (
-            tmp_path / test.stem,
-            [tmp_path / f"{k.stem}.o" for k in [*kernels, test]],
-        )
-        _run(["g++", SANITIZERS, *objects, "-o", program])
+        program = tmp_path / test.stem
+        used = [objects[source] for source in [*libraries, test]]
+        _run(["g++", SANITIZERS, *used, "-o", program])
         run = _run([program])
         assert re.search(r"\d+ cases, 0 failures|skipped", run.stdout)
 

@@ -1,17 +1,16 @@
-// What the tests of the GPU's per-thread code share: the check, lists that the sanitizers watch,
-// and the parts of a run that do not depend on the form of the states.
+// What the tests of the GPU's kernels share: the check, lists that the sanitizers watch, and the
+// parts of a run that do not depend on the form of the states.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "check.h"
-#include "gpu_plan.h"
+#include "cuda_kernels.h"
 
 namespace maxva::test {
 
@@ -99,22 +98,35 @@ inline Hyper make_hyper(double lr, double weight_decay, bool trust_ratio,
 
 using TensorStatistics = std::array<double, kStatistics>;
 
-template <typename T>
-void add(TensorStatistics& statistics, const gpu::ThreadStatistics<T>& of_thread) {
-  const double values[] = {of_thread.gradient_squares, double(of_thread.one_minus_beta),
-                           double(of_thread.at_beta_min), double(of_thread.at_beta_max),
-                           double(of_thread.step_size)};
-  for (int k = 0; k < kStatistics; ++k) statistics[k] += values[k];
-}
+// What a step needs and leaves beside its lists.
+struct Sums {
+  explicit Sums(size_t tensors, bool collects)
+      : norms(tensors, SumsOfSquares{0, 0}),
+        statistics(tensors, TensorStatistics{}),
+        collects(collects) {}
 
-inline std::unique_ptr<gpu::UpdateLaunch> make_launch(const double* control,
-                                                      const double* grad_scale,
-                                                      std::vector<SumsOfSquares>& norms) {
-  auto launch = std::make_unique<gpu::UpdateLaunch>();
-  launch->control = control;
-  launch->grad_scale = gpu::typed_address(grad_scale, DType::kFloat64);
-  launch->norms = &norms[0].theta;
-  return launch;
+  std::vector<SumsOfSquares> norms;
+  std::vector<TensorStatistics> statistics;
+  bool collects;
+};
+
+// One phase, by the kernels for the GPU.
+inline void launch(const gpu::UpdatePlan& plan, gpu::UpdateKind kind, const double* control,
+                   const double* grad_scale, const std::vector<gpu::TypedAddress>& g,
+                   const std::vector<gpu::LearningRate>& lr, Sums& sums) {
+  const std::vector<char> uploaded = plan.image().bytes();
+  // what is read but was not written shows
+  std::vector<double> block_sums(2 * plan.num_blocks(), NAN),
+      block_statistics(kStatistics * plan.num_blocks(), NAN);
+  const gpu::UpdateMemory memory{
+      .control = control,
+      .grad_scale = gpu::typed_address(grad_scale, DType::kFloat64),
+      .norms = &sums.norms.data()->theta,
+      .statistics = sums.collects ? sums.statistics.data()->data() : nullptr,
+      .block_sums = reinterpret_cast<SumsOfSquares*>(block_sums.data()),
+      .block_statistics = block_statistics.data(),
+  };
+  gpu::launch_update(plan, uploaded.data(), kind, memory, g, lr, nullptr);
 }
 
 inline bool close(double a, double b, double tolerance = 1e-12) {

@@ -1,8 +1,6 @@
-// As test_gpu_traversal.cpp, for compact states: every lane of every warp in turn, with the warp's
-// exchange of largest magnitudes in between, against the CPU kernels bit for bit.
+// As test_gpu_update.cpp, for compact states.
 #include <random>
 
-#include "gpu_packed.h"
 #include "lists.h"
 
 namespace {
@@ -115,137 +113,46 @@ struct Run {
   const Case& c;
   Tensors& t;
   double control[kControlFields];
+  Sums sums{t.theta.size(), c.statistics};
   double grad_scale = 128;
-  std::vector<TensorStatistics> statistics{t.theta.size(), TensorStatistics{}};
 };
 
-template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect,
-          bool kFast>
-void run_warp(const gpu::PackedState& state, int index, uint32_t exponents, SumsOfSquares& sums,
-              TensorStatistics& statistics) {
-  std::array<gpu::LaneMoments, gpu::kLanes> lanes;
-  std::array<gpu::Lane, gpu::kLanes> at;
-  std::array<uint32_t, gpu::kLanes> nan{};
-  gpu::Largest largest;
-  for (int k = 0; k < gpu::kLanes; ++k) {
-    at[k] = gpu::find_lane(state, index, k);
-    gpu::ThreadStatistics<float> own;
-    gpu::move_lane<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, kFast>(
-        state, exponents, at[k], lanes[k], sums, own);
-    add(statistics, own);
-    if constexpr (!kStates && kPacking == Packing::kInt8) {
-      const int n = kFast ? gpu::kVector : at[k].n;
-      const auto of_lane = gpu::finish_lane<kAlgorithm, kAmsgrad>(n, lanes[k], nan[k]);
-      largest.r = std::max(largest.r, of_lane.r);
-      largest.mean = std::max(largest.mean, of_lane.mean);
-      largest.sd = std::max(largest.sd, of_lane.sd);
-      largest.root = std::max(largest.root, of_lane.root);
-    }
-  }
-  for (int k = 0; !kStates && k < gpu::kLanes; ++k) {
-    gpu::store_lane<kPacking, kAmsgrad, kFast>(state, index, k, at[k], lanes[k], largest, nan[k]);
-  }
-}
-
-int fast_warps = 0, general_warps = 0;
-
-void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, Phase phase,
-               SumsOfSquares& sums, TensorStatistics& statistics) {
-  gpu::PackedState state;
-  gpu::prepare_packed_block(launch, block, phase, state);
-  TensorStatistics own{};
-  const auto with_collect =
-      [&]<Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, bool kCollect>() {
-        for (int warp = 0; warp < gpu::kWarps; ++warp) {
-          std::array<uint32_t, gpu::kLanes> scales{};
-          for (int k = 0; kPacking == Packing::kInt8 && k < gpu::kLanes; ++k) {
-            scales[k] = gpu::scales_of_step(state, warp, k);
-          }
-          for (int index = warp; index < state.num_blocks; index += gpu::kWarps) {
-            const bool fast = state.fast && gpu::find_lane(state, index, 0).whole;
-            ++(fast ? fast_warps : general_warps);
-            const auto run_it =
-                fast ? run_warp<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, true>
-                     : run_warp<kPacking, kAlgorithm, kAmsgrad, kStates, kCollect, false>;
-            run_it(state, index, scales[index / gpu::kWarps], sums, own);
-          }
-        }
-      };
-  const auto with_amsgrad = [&]<Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad>() {
-    if (phase == Phase::kStates) {
-      with_collect.template operator()<kPacking, kAlgorithm, kAmsgrad, true, true>();
-    } else if (run.c.statistics) {
-      with_collect.template operator()<kPacking, kAlgorithm, kAmsgrad, false, true>();
-    } else {
-      with_collect.template operator()<kPacking, kAlgorithm, kAmsgrad, false, false>();
-    }
-  };
-  const auto with_algorithm = [&]<Packing kPacking, Algorithm kAlgorithm>() {
-    run.c.amsgrad ? with_amsgrad.template operator()<kPacking, kAlgorithm, true>()
-                  : with_amsgrad.template operator()<kPacking, kAlgorithm, false>();
-  };
-  const auto with_packing = [&]<Packing kPacking>() {
-    run.c.algorithm == Algorithm::kMAdam
-        ? with_algorithm.template operator()<kPacking, Algorithm::kMAdam>()
-        : with_algorithm.template operator()<kPacking, Algorithm::kLaMAdam>();
-  };
-  run.c.packing == Packing::kInt8 ? with_packing.template operator()<Packing::kInt8>()
-                                  : with_packing.template operator()<Packing::kBFloat16>();
-  for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
-    statistics[k] += own[k];
-  }
-}
-
-void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
+void run_gpu(Run& run, Phase phase) {
+  const Case& c = run.c;
   Tensors& t = run.t;
   std::vector<gpu::TensorEntry> entries;
+  std::vector<gpu::TypedAddress> g;
   for (size_t i = 0; i < t.theta.size(); ++i) {
     gpu::TensorEntry entry{};
     entry.theta = t.theta[i].data(), entry.master = t.master[i].data();
     entry.step = &t.step[i];
-    entry.numel = numel_of(run.c.shapes[i]);
-    entry.theta_dtype = int64_t(of(run.c.theta_dtypes, i));
+    entry.numel = numel_of(c.shapes[i]);
+    entry.theta_dtype = int64_t(of(c.theta_dtypes, i));
     entry.index = int64_t(i);
-    entry.rounding = rounding_of(run.c, i);
+    entry.rounding = rounding_of(c, i);
     entry.packed = t.packed[i].data();
     entry.scale = reinterpret_cast<uint32_t*>(t.scale[i].data());
     entry.maximum = t.maximum[i].data();
-    entry.row = run.c.shapes[i].row;
+    entry.row = c.shapes[i].row;
     entries.push_back(entry);
+    g.push_back(gpu::typed_address(t.g[i].data(), of(c.g_dtypes, i)));
   }
-  const Hyper hyper = make_hyper(run.c);
-  const gpu::UpdatePlan plan(entries, {hyper}, {});
-  gpu::Image image = plan.key();
-  image.append(plan.blocks());
-  const auto tables = plan.locate(image.bytes().data());
-  const auto launch = make_launch(run.control, run.c.unscale ? &run.grad_scale : nullptr, norms);
-  std::vector<SumsOfSquares> of_tensor(norms.size());
-  for (const gpu::LaunchRange& range : plan.launches()) {
-    plan.fill(
-        *launch, range, tables,
-        [&](int64_t i) { return gpu::typed_address(t.g[i].data(), of(run.c.g_dtypes, i)); },
-        [&](int64_t) {
-          return gpu::LearningRate{hyper.lr, gpu::typed_address(nullptr, DType::kFloat64)};
-        });
-    for (int64_t b = 0; b < range.end_block - range.first_block; ++b) {
-      const int64_t index = tables.tensors[launch->blocks[b].tensor].index;
-      SumsOfSquares sums{0, 0};
-      run_block(run, *launch, b, phase, sums, run.statistics[index]);
-      of_tensor[index].theta += sums.theta, of_tensor[index].update += sums.update;
-    }
-  }
-  if (phase == Phase::kStates) norms = of_tensor;
+  const Hyper hyper = make_hyper(c);
+  launch({entries, {hyper}, {}}, {c.algorithm, c.amsgrad, c.packing, phase}, run.control,
+         c.unscale ? &run.grad_scale : nullptr, g,
+         {{hyper.lr, gpu::typed_address(nullptr, DType::kFloat64)}}, run.sums);
 }
 
-void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
+void run_cpu(Run& run, Phase phase) {
   if (run.control[kSkip] != 0) return;
   const CpuKernels& kernels = cpu_kernels_for("");
   Tensors& t = run.t;
   const Hyper h = make_hyper(run.c);
   for (size_t i = 0; i < t.theta.size(); ++i) {
     const Shape shape = run.c.shapes[i];
-    if (numel_of(shape) == 0) continue;
     const double step = t.step[i] + 1.0;
+    if (phase != Phase::kStates) ++t.step[i];
+    if (numel_of(shape) == 0) continue;
     const RandomBits random = make_random_bits(rounding_of(run.c, i), numel_of(shape), step);
     TensorStatistics of_phase{};
     const PackedView view{.theta = t.theta[i].data(),
@@ -262,15 +169,16 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
                           .end_block = shape.rows * blocks_of_row(shape.row),
                           .random = &random,
                           .statistics = run.c.statistics ? of_phase.data() : nullptr};
+    SumsOfSquares& norms = run.sums.norms[i];
     const double trust =
-        phase == Phase::kParameters ? trust_ratio(h, norms[i].theta, norms[i].update) : 1.0;
+        phase == Phase::kParameters ? trust_ratio(h, norms.theta, norms.update) : 1.0;
     const auto scalars = make_scalars<float>(h, h.lr, step, run.control[kClipFactor], trust, true);
     const auto update =
         kernels.packed->update[size_t(run.c.packing)][size_t(run.c.algorithm)][run.c.amsgrad];
     const SumsOfSquares sums = update(view, scalars, phase);
-    if (phase == Phase::kStates) norms[i] = sums;
+    if (phase == Phase::kStates) norms = sums;
     for (int k = first_statistic(phase); k < end_of_statistics(phase); ++k) {
-      run.statistics[i][k] += of_phase[k];
+      run.sums.statistics[i][k] += of_phase[k];
     }
   }
 }
@@ -279,19 +187,19 @@ void test_update(const Case& c) {
   Tensors by_gpu = make_tensors(c), by_cpu = make_tensors(c), before = make_tensors(c);
   const double skip = c.skip ? 1 : 0;
   Run gpu_run{c, by_gpu, {skip, 0.75, 0}}, cpu_run{c, by_cpu, {skip, 0.75, 0}};
-  std::vector<SumsOfSquares> norms(c.shapes.size() + 1), expected(c.shapes.size() + 1);
   if (c.trust_ratio) {
-    run_gpu(gpu_run, Phase::kStates, norms);
-    run_cpu(cpu_run, Phase::kStates, expected);
-    check_norms(norms, expected, c.name);
-    norms = expected;
+    run_gpu(gpu_run, Phase::kStates);
+    run_cpu(cpu_run, Phase::kStates);
+    check_norms(gpu_run.sums.norms, cpu_run.sums.norms, c.name);
+    gpu_run.sums.norms = cpu_run.sums.norms;
   }
   const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
-  run_gpu(gpu_run, phase, norms);
-  run_cpu(cpu_run, phase, expected);
+  run_gpu(gpu_run, phase);
+  run_cpu(cpu_run, phase);
+  CHECK(by_gpu.step == by_cpu.step, "%s: counts", c.name.c_str());
   for (size_t i = 0; c.statistics && i < c.shapes.size(); ++i) {
     for (int k = 0; k < kStatistics; ++k) {
-      const double found = gpu_run.statistics[i][k], wanted = cpu_run.statistics[i][k];
+      const double found = gpu_run.sums.statistics[i][k], wanted = cpu_run.sums.statistics[i][k];
       CHECK(close(found, wanted, 1e-5), "%s: statistic %d of %zu: %.17g, not %.17g", c.name.c_str(),
             k, i, found, wanted);
     }
@@ -375,7 +283,6 @@ int main() {
     c.name += ", bfloat16";
     test_update(c);
   }
-  CHECK(fast_warps > 100 && general_warps > 100, "%d and %d warps", fast_warps, general_warps);
   std::printf("%zu cases, %d failures\n", 2 * cases.size(), failures);
   return failures != 0;
 }

@@ -1,8 +1,9 @@
-// Walks the GPU's per-thread code over every block and thread index on the CPU and compares with
-// the CPU kernels bit for bit. Built with the address and alignment sanitizers, so that an access
-// beyond a list or a wide access to a misaligned one ends the program.
+// Runs the kernels for the GPU on the host and compares with the CPU kernels bit for bit. Built
+// with the address and alignment sanitizers, so that an access beyond a list or a wide access to a
+// misaligned one ends the program.
 #include <random>
 
+#include "control.h"
 #include "lists.h"
 
 namespace {
@@ -103,94 +104,39 @@ struct Run {
   Tensors& t;
   std::vector<Hyper> hyper;
   double control[kControlFields];
+  Sums sums{t.theta.size(), c.statistics};
   double grad_scale = 128;
-  std::vector<TensorStatistics> statistics{t.theta.size(), TensorStatistics{}};
 };
 
-template <typename T>
-void run_block(const Run& run, const gpu::UpdateLaunch& launch, int64_t block, Phase phase,
-               SumsOfSquares& sums, TensorStatistics& statistics) {
-  gpu::BlockState<T> state;
-  gpu::prepare_block(launch, block, phase, state);
-  const auto with_collect = [&]<Algorithm kAlgorithm, bool kAmsgrad, bool kCollect>() {
-    constexpr auto whole = gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kWhole, kCollect, T>;
-    constexpr auto states = gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kStates, kCollect, T>;
-    constexpr auto parameters =
-        gpu::update_thread<kAlgorithm, kAmsgrad, Phase::kParameters, kCollect, T>;
-    const auto update = phase == Phase::kWhole    ? whole
-                        : phase == Phase::kStates ? states
-                                                  : parameters;
-    for (int thread = 0; thread < gpu::kThreads; ++thread) {
-      gpu::ThreadStatistics<T> of_thread;
-      const SumsOfSquares own = update(state, thread, of_thread);
-      sums.theta += own.theta, sums.update += own.update;
-      add(statistics, of_thread);
-    }
-  };
-  const auto with_phase = [&]<Algorithm kAlgorithm, bool kAmsgrad>() {
-    run.c.statistics ? with_collect.template operator()<kAlgorithm, kAmsgrad, true>()
-                     : with_collect.template operator()<kAlgorithm, kAmsgrad, false>();
-  };
-  constexpr auto madam = Algorithm::kMAdam, lamadam = Algorithm::kLaMAdam;
-  if (run.c.algorithm == madam) {
-    run.c.amsgrad ? with_phase.template operator()<madam, true>()
-                  : with_phase.template operator()<madam, false>();
-  } else {
-    run.c.amsgrad ? with_phase.template operator()<lamadam, true>()
-                  : with_phase.template operator()<lamadam, false>();
-  }
-}
-
-void run_gpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
+void run_gpu(Run& run, Phase phase) {
+  const Case& c = run.c;
   Tensors& t = run.t;
   std::vector<TensorEntry> entries;
+  std::vector<gpu::TypedAddress> g;
   for (size_t i = 0; i < t.theta.size(); ++i) {
     entries.push_back({t.theta[i].data(), t.master[i].data(), t.m[i].data(), t.u[i].data(),
                        t.v[i].data(), t.w[i].data(), t.vmax[i].data(), &t.step[i],
-                       t.theta[i].size(), 0, int64_t(t.theta[i].dtype()), group_of(run.c, i),
-                       int64_t(i), rounding_of(run.c, i)});
+                       t.theta[i].size(), 0, int64_t(t.theta[i].dtype()), group_of(c, i),
+                       int64_t(i), rounding_of(c, i)});
+    g.push_back(gpu::typed_address(t.g[i].data(), t.g[i].dtype()));
   }
-  const gpu::UpdatePlan plan(entries, run.hyper, {});
-  gpu::Image image = plan.key();
-  image.append(plan.blocks());
-  // operator new aligns as device memory would be; vector<char> copies into it
-  const auto tables = plan.locate(image.bytes().data());
-  std::vector<double> learning_rates;
-  for (const Hyper& h : run.hyper) learning_rates.push_back(h.lr);
-
-  const auto launch = make_launch(run.control, run.c.unscale ? &run.grad_scale : nullptr, norms);
-  int64_t blocks_seen = 0, tensors_seen = 0;
-  std::vector<SumsOfSquares> of_tensor(norms.size());
-  for (const gpu::LaunchRange& range : plan.launches()) {
-    CHECK(range.first_tensor == tensors_seen && range.first_block == blocks_seen,
-          "launches are not consecutive");
-    tensors_seen = range.end_tensor, blocks_seen = range.end_block;
-    plan.fill(
-        *launch, range, tables,
-        [&](int64_t i) { return gpu::typed_address(t.g[i].data(), t.g[i].dtype()); },
-        [&](int64_t k) {
-          const double* on_device = run.c.lr_on_device ? &learning_rates[k] : nullptr;
-          return LearningRate{on_device ? NAN : learning_rates[k],
-                              gpu::typed_address(on_device, DType::kFloat64)};
-        });
-    for (int64_t b = 0; b < range.end_block - range.first_block; ++b) {
-      SumsOfSquares sums{0, 0};
-      const int64_t index = tables.tensors[launch->blocks[b].tensor].index;
-      if (range.float64) {
-        run_block<double>(run, *launch, b, phase, sums, run.statistics[index]);
-      } else {
-        run_block<float>(run, *launch, b, phase, sums, run.statistics[index]);
-      }
-      SumsOfSquares& total = of_tensor[index];
-      total.theta += sums.theta, total.update += sums.update;
-    }
+  std::vector<gpu::LearningRate> lr;
+  for (const Hyper& h : run.hyper) {
+    const double* on_device = c.lr_on_device ? &h.lr : nullptr;
+    lr.push_back({on_device ? NAN : h.lr, gpu::typed_address(on_device, DType::kFloat64)});
   }
-  CHECK(tensors_seen == int64_t(entries.size()) && blocks_seen == plan.num_blocks(),
-        "launches do not cover the plan");
-  if (phase == Phase::kStates) norms = of_tensor;
+  std::vector<int32_t> steps(c.num_groups, 7);
+  std::vector<int32_t*> group_steps;
+  for (int32_t& step : steps) group_steps.push_back(&step);
+  const gpu::UpdatePlan plan(entries, run.hyper, group_steps);
+  launch(plan, {c.algorithm, c.amsgrad, {}, phase}, run.control,
+         c.unscale ? &run.grad_scale : nullptr, g, lr, run.sums);
+  const int32_t counted = phase == Phase::kStates || c.skip ? 7 : 8;
+  CHECK(std::count(steps.begin(), steps.end(), counted) == c.num_groups, "%s: counts of groups",
+        c.name.c_str());
 }
 
-void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
+void run_cpu(Run& run, Phase phase) {
   if (run.control[kSkip] != 0) return;
   const CpuKernels& kernels = cpu_kernels_for("");
   Tensors& t = run.t;
@@ -211,10 +157,11 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
                          t.theta[i].size(),
                          0,
                          &random,
-                         run.c.statistics ? run.statistics[i].data() : nullptr};
+                         run.c.statistics ? run.sums.statistics[i].data() : nullptr};
     const Hyper& h = run.hyper[group_of(run.c, i)];
+    SumsOfSquares& norms = run.sums.norms[i];
     const double trust =
-        phase == Phase::kParameters ? trust_ratio(h, norms[i].theta, norms[i].update) : 1.0;
+        phase == Phase::kParameters ? trust_ratio(h, norms.theta, norms.update) : 1.0;
     const double step = t.step[i] + 1.0, clip = run.control[kClipFactor];
     const auto algorithm = static_cast<size_t>(run.c.algorithm);
     const SumsOfSquares sums =
@@ -223,7 +170,8 @@ void run_cpu(Run& run, Phase phase, std::vector<SumsOfSquares>& norms) {
                   view, make_scalars<double>(h, h.lr, step, clip, trust), phase)
             : kernels.update_float[algorithm][run.c.amsgrad](
                   view, make_scalars<float>(h, h.lr, step, clip, trust), phase);
-    if (phase == Phase::kStates) norms[i] = sums;
+    if (phase == Phase::kStates) norms = sums;
+    if (phase != Phase::kStates) ++t.step[i];
   }
 }
 
@@ -232,20 +180,20 @@ void test_update(const Case& c) {
   const double skip = c.skip ? 1 : 0;
   Run gpu_run{c, by_gpu, make_hyper(c), {skip, 0.75, 0}};
   Run cpu_run{c, by_cpu, make_hyper(c), {skip, 0.75, 0}};
-  std::vector<SumsOfSquares> norms(c.numels.size() + 1), expected(c.numels.size() + 1);
   if (c.trust_ratio) {
-    run_gpu(gpu_run, Phase::kStates, norms);
-    run_cpu(cpu_run, Phase::kStates, expected);
-    check_norms(norms, expected, c.name);
-    norms = expected;
+    run_gpu(gpu_run, Phase::kStates);
+    run_cpu(cpu_run, Phase::kStates);
+    check_norms(gpu_run.sums.norms, cpu_run.sums.norms, c.name);
+    gpu_run.sums.norms = cpu_run.sums.norms;
   }
   const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
-  run_gpu(gpu_run, phase, norms);
-  run_cpu(cpu_run, phase, expected);
+  run_gpu(gpu_run, phase);
+  run_cpu(cpu_run, phase);
+  CHECK(by_gpu.step == by_cpu.step, "%s: counts of tensors", c.name.c_str());
 
   for (size_t i = 0; i < c.numels.size(); ++i) {
     for (int k = 0; k < kStatistics; ++k) {
-      const double found = gpu_run.statistics[i][k], wanted = cpu_run.statistics[i][k];
+      const double found = gpu_run.sums.statistics[i][k], wanted = cpu_run.sums.statistics[i][k];
       const bool count = k == kAtBetaMin || k == kAtBetaMax;
       CHECK(count ? found == wanted : std::abs(found - wanted) <= 1e-5 * std::abs(wanted),
             "%s: statistic %d of %zu: %.17g, not %.17g", c.name.c_str(), k, i, found, wanted);
@@ -274,26 +222,21 @@ void test_update(const Case& c) {
 
 double norm_of(std::vector<List>& lists) {
   std::vector<int64_t> numels;
-  for (const List& list : lists) numels.push_back(list.size());
-  const ChunkPlan chunks(numels, gpu::kNormChunk);
-  const std::vector<gpu::BlockEntry> blocks = gpu::block_map(chunks);
-  auto launch = std::make_unique<gpu::NormLaunch>();
-  launch->numels = numels.data();
-  double sum = 0;
-  for (size_t first = 0; first < lists.size(); first += gpu::kMaxTensors) {
-    const size_t end = std::min(lists.size(), first + gpu::kMaxTensors);
-    launch->first_tensor = int64_t(first);
-    launch->blocks = blocks.data() + chunks.first_chunk(first);
-    for (size_t i = first; i < end; ++i) {
-      launch->g[i - first] = gpu::typed_address(lists[i].data(), lists[i].dtype());
-    }
-    for (int64_t b = 0; b < chunks.first_chunk(end) - chunks.first_chunk(first); ++b) {
-      for (int thread = 0; thread < gpu::kThreads; ++thread) {
-        sum += gpu::norm_thread(*launch, b, thread);
-      }
-    }
+  std::vector<gpu::TypedAddress> g;
+  for (List& list : lists) {
+    numels.push_back(list.size());
+    g.push_back(gpu::typed_address(list.data(), list.dtype()));
   }
-  return sum;
+  const gpu::NormPlan plan(numels);
+  std::vector<char> uploaded = plan.image().bytes();
+  double results[2];
+  for (double& result : results) {  // twice, as blocks that have finished are counted anew
+    std::vector<double> block_sums(plan.num_blocks(), NAN);
+    gpu::launch_norm(plan, uploaded.data(), g, block_sums.data(), &result, nullptr);
+  }
+  CHECK(std::memcmp(&results[0], &results[1], sizeof(double)) == 0, "norm %.17g, then %.17g",
+        results[0], results[1]);
+  return results[0];
 }
 
 void test_norm(const std::vector<int64_t>& numels, const std::vector<DType>& dtypes) {
@@ -308,8 +251,8 @@ void test_norm(const std::vector<int64_t>& numels, const std::vector<DType>& dty
       expected += static_cast<long double>(lists[i].get(k)) * lists[i].get(k);
     }
   }
-  CHECK(close(norm_of(lists), double(expected)), "norm %.17g, not %.17g", norm_of(lists),
-        double(expected));
+  const double found = norm_of(lists);
+  CHECK(close(found, double(expected)), "norm %.17g, not %.17g", found, double(expected));
   for (size_t i = 0; i < numels.size(); i += 1 + numels.size() / 5) {
     if (numels[i] == 0) continue;
     for (const double bad : {double(INFINITY), double(NAN)}) {
@@ -322,9 +265,50 @@ void test_norm(const std::vector<int64_t>& numels, const std::vector<DType>& dty
   }
 }
 
+// Every number the kernel may find, and none, against the rule in control.h.
+void test_control() {
+  const double sums[] = {0, 4, 1e80, INFINITY, NAN};
+  const Float16 half{0x4C00};  // 16
+  const BFloat16 one{0x3F80};
+  const float zero = 0, scale = 1024;
+  const auto address = [](const auto& x, DType dtype) { return gpu::typed_address(&x, dtype); };
+  const gpu::TypedAddress none = gpu::typed_address(nullptr, DType::kFloat32);
+  const std::pair<gpu::TypedAddress, double> scales[] = {
+      {none, 1}, {address(half, DType::kFloat16), 16}, {address(scale, DType::kFloat32), 1024}};
+  const std::pair<gpu::TypedAddress, bool> founds[] = {{none, false},
+                                                       {address(zero, DType::kFloat32), false},
+                                                       {address(one, DType::kBFloat16), true}};
+  for (int k = -1; k < int(std::size(sums)); ++k) {
+    for (const auto& [scale_at, scale_is] : scales) {
+      for (const auto& [found_at, found_is] : founds) {
+        for (const double max_norm : {0.125, double(INFINITY)}) {
+          for (const bool skip_nonfinite : {false, true}) {
+            double found[kControlFields], expected[kControlFields];
+            gpu::launch_control(
+                {k < 0 ? nullptr : &sums[k], scale_at, found_at, max_norm, skip_nonfinite, found},
+                nullptr);
+            make_control((k < 0 ? 0 : std::sqrt(sums[k])) / scale_is, max_norm, skip_nonfinite,
+                         found_is, expected);
+            for (int field = 0; field < kControlFields; ++field) {
+              CHECK(close(found[field], expected[field], 0), "control %d of sum %d: %g, not %g",
+                    field, k, found[field], expected[field]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 std::vector<int64_t> many(int64_t n) {
   std::vector<int64_t> numels;
   for (int64_t i = 0; i < n; ++i) numels.push_back(i % 4);
+  return numels;
+}
+
+std::vector<int64_t> sparse(int64_t n) {
+  std::vector<int64_t> numels(n, 0);
+  for (int64_t i = 0; i < n; i += 20) numels[i] = 5;
   return numels;
 }
 
@@ -402,6 +386,9 @@ int main() {
        .algorithm = lamadam,
        .statistics = true},
       {.name = "statistics, trust ratio", .numels = edges, .trust_ratio = true, .statistics = true},
+      {.name = "sums of more blocks than a warp has lanes",
+       .numels = {40 * chunk, 70 * chunk + 1},
+       .trust_ratio = true},
       {.name = "f16", .numels = tails, .theta_dtypes = {f16}, .g_dtypes = {f16}, .unscale = true},
       {.name = "f64", .numels = edges, .theta_dtypes = {f64}, .g_dtypes = {f64}, .unscale = true},
       {.name = "f64 misaligned",
@@ -471,7 +458,8 @@ int main() {
   constexpr int64_t norm_chunk = gpu::kNormChunk;
   test_norm({1, 2, 3, 4, 5, 1023, 1025, 16384, 16387}, {f32});
   test_norm({norm_chunk - 1, 0, norm_chunk, norm_chunk + 1, 2 * norm_chunk + 3, 0}, all);
-  test_norm(many(gpu::kMaxTensors + 100), all);
+  test_norm(sparse(gpu::kMaxTensors + 100), all);
+  test_control();
   test_launches();
   std::printf("%zu cases, %d failures\n", cases.size(), failures);
   return failures != 0;
