@@ -100,7 +100,7 @@ using TensorStatistics = std::array<double, kStatistics>;
 
 // What a step needs and leaves beside its lists.
 struct Sums {
-  explicit Sums(size_t tensors, bool collects)
+  Sums(size_t tensors, bool collects)
       : norms(tensors, SumsOfSquares{0, 0}),
         statistics(tensors, TensorStatistics{}),
         collects(collects) {}
