@@ -133,12 +133,25 @@ inline bool close(double a, double b, double tolerance = 1e-12) {
   return std::abs(a - b) <= tolerance * std::abs(b) || (std::isnan(a) && std::isnan(b)) || a == b;
 }
 
-inline void check_norms(const std::vector<SumsOfSquares>& found,
-                        const std::vector<SumsOfSquares>& expected, const std::string& name) {
-  for (size_t i = 0; i < found.size(); ++i) {
-    CHECK(close(found[i].theta, expected[i].theta), "%s: norm of theta %zu", name.c_str(), i);
-    CHECK(close(found[i].update, expected[i].update), "%s: norm of update %zu", name.c_str(), i);
+// A step by both, in one phase or two; run_gpu and run_cpu are the test's.
+template <typename Run>
+void run_both(Run& by_gpu, Run& by_cpu) {
+  const char* const name = by_gpu.c.name.c_str();
+  Phase phase = Phase::kWhole;
+  if (by_gpu.c.trust_ratio) {
+    run_gpu(by_gpu, Phase::kStates);
+    run_cpu(by_cpu, Phase::kStates);
+    for (size_t i = 0; i < by_gpu.sums.norms.size(); ++i) {
+      SumsOfSquares &found = by_gpu.sums.norms[i], &expected = by_cpu.sums.norms[i];
+      CHECK(close(found.theta, expected.theta), "%s: norm of theta %zu", name, i);
+      CHECK(close(found.update, expected.update), "%s: norm of update %zu", name, i);
+      found = expected;
+    }
+    phase = Phase::kParameters;
   }
+  run_gpu(by_gpu, phase);
+  run_cpu(by_cpu, phase);
+  CHECK(by_gpu.t.step == by_cpu.t.step, "%s: counts of tensors", name);
 }
 
 }  // namespace maxva::test

@@ -187,16 +187,7 @@ void test_update(const Case& c) {
   Tensors by_gpu = make_tensors(c), by_cpu = make_tensors(c), before = make_tensors(c);
   const double skip = c.skip ? 1 : 0;
   Run gpu_run{c, by_gpu, {skip, 0.75, 0}}, cpu_run{c, by_cpu, {skip, 0.75, 0}};
-  if (c.trust_ratio) {
-    run_gpu(gpu_run, Phase::kStates);
-    run_cpu(cpu_run, Phase::kStates);
-    check_norms(gpu_run.sums.norms, cpu_run.sums.norms, c.name);
-    gpu_run.sums.norms = cpu_run.sums.norms;
-  }
-  const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
-  run_gpu(gpu_run, phase);
-  run_cpu(cpu_run, phase);
-  CHECK(by_gpu.step == by_cpu.step, "%s: counts", c.name.c_str());
+  run_both(gpu_run, cpu_run);
   for (size_t i = 0; c.statistics && i < c.shapes.size(); ++i) {
     for (int k = 0; k < kStatistics; ++k) {
       const double found = gpu_run.sums.statistics[i][k], wanted = cpu_run.sums.statistics[i][k];

@@ -180,16 +180,7 @@ void test_update(const Case& c) {
   const double skip = c.skip ? 1 : 0;
   Run gpu_run{c, by_gpu, make_hyper(c), {skip, 0.75, 0}};
   Run cpu_run{c, by_cpu, make_hyper(c), {skip, 0.75, 0}};
-  if (c.trust_ratio) {
-    run_gpu(gpu_run, Phase::kStates);
-    run_cpu(cpu_run, Phase::kStates);
-    check_norms(gpu_run.sums.norms, cpu_run.sums.norms, c.name);
-    gpu_run.sums.norms = cpu_run.sums.norms;
-  }
-  const Phase phase = c.trust_ratio ? Phase::kParameters : Phase::kWhole;
-  run_gpu(gpu_run, phase);
-  run_cpu(cpu_run, phase);
-  CHECK(by_gpu.step == by_cpu.step, "%s: counts of tensors", c.name.c_str());
+  run_both(gpu_run, cpu_run);
 
   for (size_t i = 0; i < c.numels.size(); ++i) {
     for (int k = 0; k < kStatistics; ++k) {
