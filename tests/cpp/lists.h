@@ -14,6 +14,17 @@
 
 namespace maxva::test {
 
+constexpr auto f32 = DType::kFloat32, f64 = DType::kFloat64, bf16 = DType::kBFloat16,
+               f16 = DType::kFloat16;
+constexpr auto lamadam = Algorithm::kLaMAdam;
+
+// Whether this processor has kernels to compare with; says so where it has none.
+inline bool has_fused_kernels() {
+  const bool has = std::string(cpu_kernels_for("").isa) != "baseline";
+  if (!has) std::printf("skipped: this processor has no fused multiply-add kernels\n");
+  return has;
+}
+
 // `n` elements in an allocation that ends with the last one and starts `shift` elements earlier:
 // numbers of a dtype, or anything of `element_size` bytes.
 class List {

@@ -323,13 +323,7 @@ void test_launches() {
 }  // namespace
 
 int main() {
-  if (std::string(cpu_kernels_for("").isa) == "baseline") {
-    std::printf("skipped: this processor has no fused multiply-add kernels to compare with\n");
-    return 0;
-  }
-  constexpr auto f32 = DType::kFloat32, f64 = DType::kFloat64, bf16 = DType::kBFloat16,
-                 f16 = DType::kFloat16;
-  constexpr auto lamadam = Algorithm::kLaMAdam;
+  if (!has_fused_kernels()) return 0;
   constexpr int64_t chunk = gpu::kUpdateChunk;
   const std::vector<int64_t> tails{1, 2, 3, 4, 5, 7, 1023, 1024, 1025, 4099};
   const std::vector<int64_t> edges{chunk - 1, chunk, chunk + 1, 2 * chunk + 3, 3 * chunk};
