@@ -59,6 +59,13 @@ void check_one_element(const std::optional<Tensor>& tensor, const char* name,
                     ", the parameters are on ", device);
 }
 
+void check_writable(const Tensor& tensor, const char* list, size_t i) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "maxva: ", list, "[",
+                    i, "] of shape ", tensor.sizes(), " and strides ", tensor.strides(),
+                    " is written, but has elements that share memory (an expanded tensor); clone "
+                    "it first");
+}
+
 bool same_layout(const Tensor& a, const Tensor& b) {
   for (const auto dim : c10::irange(a.dim())) {
     if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
@@ -72,19 +79,13 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 // temporary that is; what is written is copied back into the tensor the caller holds.
 class LayoutFitter {
  public:
-  Tensor parameter(const Tensor& theta, size_t i) {
-    TORCH_CHECK_VALUE(at::has_internal_overlap(theta) != at::MemOverlap::Yes, "maxva: parameter ",
-                      i, " of shape ", theta.sizes(), " and strides ", theta.strides(),
-                      " has elements that share memory (an expanded tensor); clone it first");
+  Tensor parameter(const Tensor& theta) {
     if (theta.is_non_overlapping_and_dense()) return theta;
     return copied_back(theta, theta.contiguous());
   }
 
-  Tensor like(const Tensor& theta, const Tensor& tensor, bool written, const char* list, size_t i) {
+  Tensor like(const Tensor& theta, const Tensor& tensor, bool written) {
     if (same_layout(theta, tensor)) return tensor;
-    TORCH_CHECK_VALUE(!written || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
-                      "maxva: ", list, "[", i, "] of strides ", tensor.strides(),
-                      " is written, but has elements that share memory; clone it first");
     Tensor fitted = at::empty_strided(theta.sizes(), theta.strides(), tensor.options());
     fitted.copy_(tensor);
     return written ? copied_back(tensor, std::move(fitted)) : fitted;
@@ -125,6 +126,7 @@ struct Common {
   at::IntArrayRef rounding;
   c10::string_view algorithm;
   int64_t phase;
+  bool check_only;  // everything is checked and nothing done
 };
 
 // Tensors of the parameters' shapes that an update writes: states, or master weights.
@@ -139,7 +141,7 @@ struct List {
 // Everything but the tensors that belong to single parameters.
 UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
   const auto& [theta, g, master, step, group_step, group_sizes, hyper, lr, control, grad_scale,
-               norms, statistics, rounding, algorithm, phase] = common;
+               norms, statistics, rounding, algorithm, phase, check_only] = common;
   const size_t n = theta.size();
   const at::Device device = theta[0].device();
   UpdateArgs args;
@@ -207,8 +209,10 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
   check_dtype(theta, "parameter", i);
   TORCH_CHECK_VALUE(theta.device() == device, "maxva: parameter ", i, " is on ", theta.device(),
                     ", parameter 0 is on ", device);
+  check_writable(theta, "parameter", i);
   check_dtype(common.g[i], "gradient", i);
   check_like_parameter(common.g[i], theta, "gradient", i);
+  if (common.grad_scale) check_writable(common.g[i], "gradient", i);
   const auto arithmetic = theta.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const List& list : lists) {
     if (list.tensors.empty()) continue;
@@ -216,6 +220,7 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
     const at::ScalarType dtype = list.dtype.value_or(arithmetic);
     check_strided(tensor, list.name, i);
     check_like_parameter(tensor, theta, list.name, i);
+    check_writable(tensor, list.name, i);
     TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "maxva: ", list.name, "[", i, "] is ",
                      tensor.scalar_type(), ", must be ", dtype, " for a parameter of ",
                      theta.scalar_type());
@@ -231,17 +236,16 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
                     "theta, must be 0");
 }
 
-// Fits layouts, computes, and tells autograd what has been written. All checks come before.
+// Fits layouts, computes, and tells autograd what has been written. All checks have been made.
 void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args) {
   // Only now: a temporary is the first thing that costs, and copies must be in order.
   LayoutFitter fitter;
   for (const auto i : c10::irange(common.theta.size())) {
-    const Tensor& fitted = args.lists.theta[i] = fitter.parameter(common.theta[i], i);
-    args.lists.g.push_back(
-        fitter.like(fitted, common.g[i], common.grad_scale.has_value(), "gradient", i));
+    const Tensor& fitted = args.lists.theta[i] = fitter.parameter(common.theta[i]);
+    args.lists.g.push_back(fitter.like(fitted, common.g[i], common.grad_scale.has_value()));
     for (const List& list : lists) {
       if (list.tensors.empty()) continue;
-      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true, list.name, i));
+      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true));
     }
   }
   args.lists.step = common.step.vec();
@@ -266,10 +270,11 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
              const c10::List<std::optional<Tensor>>& lr, const std::optional<Tensor>& control,
              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& norms,
              const std::optional<Tensor>& statistics, at::IntArrayRef rounding,
-             c10::string_view algorithm, int64_t phase) {
+             c10::string_view algorithm, int64_t phase, bool check_only) {
   if (theta.empty()) return;
-  const Common common{theta,   g,          master, step,       group_step, group_sizes, hyper, lr,
-                      control, grad_scale, norms,  statistics, rounding,   algorithm,   phase};
+  const Common common{theta,    g,         master,  step,       group_step, group_sizes,
+                      hyper,    lr,        control, grad_scale, norms,      statistics,
+                      rounding, algorithm, phase,   check_only};
   const List lists[] = {
       {"exp_avg (m)", m, &TensorLists::m, false, {}},
       {"maxva_avg (u)", u, &TensorLists::u, false, {}},
@@ -282,7 +287,7 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
   for (const auto i : c10::irange(theta.size())) {
     check_parameter(common, lists, args.rounding_of(i), i);
   }
-  run_update(common, lists, args);
+  if (!check_only) run_update(common, lists, args);
 }
 
 // Whether element k of the memory belongs to row k / row of dimension 0.
@@ -296,11 +301,13 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
                     const c10::List<std::optional<Tensor>>& lr,
                     const std::optional<Tensor>& control, const std::optional<Tensor>& grad_scale,
                     const std::optional<Tensor>& norms, const std::optional<Tensor>& statistics,
-                    at::IntArrayRef rounding, c10::string_view algorithm, int64_t phase) {
+                    at::IntArrayRef rounding, c10::string_view algorithm, int64_t phase,
+                    bool check_only) {
   if (theta.empty()) return;
   const size_t n = theta.size();
-  const Common common{theta,   g,          master, step,       group_step, group_sizes, hyper, lr,
-                      control, grad_scale, norms,  statistics, rounding,   algorithm,   phase};
+  const Common common{theta,    g,         master,  step,       group_step, group_sizes,
+                      hyper,    lr,        control, grad_scale, norms,      statistics,
+                      rounding, algorithm, phase,   check_only};
   const bool is_int8 = !packed.empty() && packed[0].scalar_type() == at::kInt;
   const List lists[] = {
       {"maxva_packed", packed, &TensorLists::packed, false, is_int8 ? at::kInt : at::kLong},
@@ -343,6 +350,7 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
                       at::IntArrayRef(blocks), " on ", theta[i].device(), ", is ",
                       scale_of.scalar_type(), " ", scale_of.sizes(), " on ", scale_of.device());
   }
+  if (check_only) return;
   args.lists.scale = scale.vec();
   run_update(common, lists, args);
   bump_versions(scale);
@@ -395,13 +403,14 @@ TORCH_LIBRARY(maxva, m) {
       "Tensor(e!)[] v, Tensor(f!)[] w, Tensor(g!)[] vmax, Tensor(h!)[] master, "
       "Tensor(i!)[] step, Tensor(j!)[] group_step, int[] group_sizes, float[] hyper, "
       "Tensor?[] lr, Tensor? control, Tensor? grad_scale, Tensor(k!)? norms, "
-      "Tensor(l!)? statistics, int[] rounding, str algorithm, int phase) -> ()");
+      "Tensor(l!)? statistics, int[] rounding, str algorithm, int phase, "
+      "bool check_only=False) -> ()");
   m.def(
       "update_packed_(Tensor(a!)[] theta, Tensor(b!)[] g, Tensor(c!)[] packed, "
       "Tensor(d!)[] scale, Tensor(e!)[] maximum, Tensor(f!)[] master, Tensor(g!)[] step, "
       "Tensor(h!)[] group_step, int[] group_sizes, float[] hyper, Tensor?[] lr, Tensor? control, "
       "Tensor? grad_scale, Tensor(i!)? norms, Tensor(j!)? statistics, int[] rounding, "
-      "str algorithm, int phase) -> ()");
+      "str algorithm, int phase, bool check_only=False) -> ()");
   m.def("sum_of_squares(Tensor[] g) -> Tensor");
   m.def(
       "write_control_(Tensor(a!) control, Tensor? sum_of_squares, Tensor? grad_scale, "

@@ -32,6 +32,9 @@ class OperatorBackend:
     def __init__(self, operators: Any) -> None:
         self._operators = operators
 
+    def check(self, batch: Batch, algorithm: str, grad_scale: Tensor | None) -> None:
+        self._update(batch, algorithm, Phase.WHOLE, None, grad_scale, None, check_only=True)
+
     def update(
         self,
         batch: Batch,
@@ -41,18 +44,30 @@ class OperatorBackend:
         grad_scale: Tensor | None,
         norms: Tensor | None,
     ) -> None:
+        self._update(batch, algorithm, phase, control, grad_scale, norms, check_only=False)
+
+    def _update(
+        self,
+        batch: Batch,
+        algorithm: str,
+        phase: Phase,
+        control: Tensor | None,
+        grad_scale: Tensor | None,
+        norms: Tensor | None,
+        check_only: bool,
+    ) -> None:
         b = batch
         if b.packed:
             self._operators.update_packed_(
                 b.theta, b.g, b.packed, b.scale, b.maximum, b.master, b.step, b.group_step,
                 b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, b.statistics, b.rounding,
-                algorithm, int(phase),
+                algorithm, int(phase), check_only,
             )  # fmt: skip
             return
         self._operators.update_(
             b.theta, b.g, b.m, b.u, b.v, b.w, b.vmax, b.master, b.step, b.group_step,
             b.group_sizes, b.hyper, b.lr, control, grad_scale, norms, b.statistics, b.rounding,
-            algorithm, int(phase),
+            algorithm, int(phase), check_only,
         )  # fmt: skip
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:

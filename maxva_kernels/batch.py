@@ -93,14 +93,20 @@ class Batch:
     rows: dict[int, int] = field(default_factory=dict)
 
 
-def check_states(batch: Batch) -> None:
-    """Raises unless every state fits its parameter, and both can be written.
+def check_tensors(batch: Batch, unscales: bool) -> None:
+    """Raises unless all tensors fit their parameters and those to be written can be.
 
-    The operators check for themselves; this is for plain torch code, and for the later batches of a
-    step, as none may move before all are known to fit.
+    For plain torch code; the operators check for themselves.
     """
-    for theta in batch.theta:
+    for theta, g in zip(batch.theta, batch.g, strict=True):
         _check_writable(theta, "a parameter")
+        if g.shape != theta.shape or g.device != theta.device or g.layout is not torch.strided:
+            raise ValueError(
+                f"a gradient has shape {tuple(g.shape)}, {g.layout} on {g.device}; its parameter "
+                f"needs {tuple(theta.shape)}, dense on {theta.device}"
+            )
+        if unscales:
+            _check_writable(g, "a gradient")
     shapes = [theta.shape for theta in batch.theta]
     dtypes = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in batch.theta]
     for step in batch.step:
@@ -161,6 +167,9 @@ def is_expanded(tensor: Tensor) -> bool:
 class Backend(Protocol):
     """What a backend computes. Nothing here may wait for the device."""
 
+    def check(self, batch: Batch, algorithm: str, grad_scale: Tensor | None) -> None:
+        """Raises what `update` would raise for this batch; changes nothing."""
+
     def update(
         self,
         batch: Batch,
@@ -170,7 +179,7 @@ class Backend(Protocol):
         grad_scale: Tensor | None,
         norms: Tensor | None,
     ) -> None:
-        """One step of `batch`, as csrc/backend.h describes UpdateArgs."""
+        """One step of `batch`, as csrc/backend.h describes UpdateArgs; checks all of it first."""
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
         """The sum of squares of all elements of tensors on one device: float64 [1] there."""

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from maxva_kernels.batch import (
     Backend,
     Batch,
     Phase,
-    check_states,
     is_expanded,
 )
 from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
@@ -38,6 +37,7 @@ from maxva_kernels.sharding import NormGroup, Sharding
 from maxva_kernels.state import (
     FP32_STATE_BELOW,
     Forms,
+    KnownForms,
     Shield,
     are_complete,
     completed,
@@ -86,13 +86,6 @@ class FusedOptions(Options, total=False):
     """Keyword options of the fused classes."""
 
     backend: str
-
-
-class _Checked(NamedTuple):
-    """Of a group: its hyper-parameters (hyper.ROW), and its parameters' gradients."""
-
-    row: tuple[float, ...]
-    gradients: list[Any]  # None where there is none
 
 
 class MaxVA(Optimizer):
@@ -402,11 +395,11 @@ class MaxVA(Optimizer):
     # torch.compiler.disable without its import of torch._dynamo, which takes seconds.)
     @_disable_dynamo
     def _step(self) -> None:
-        checked = self._check()
+        rows = self._check_groups()
         sharding = Sharding(self.param_groups, self._norm_group)
         replaced: list[tuple[Tensor, dict[str, Any]]] = []
         try:
-            batches = self._collect(checked, replaced)
+            batches = self._collect(rows, replaced)
             statistics = None
             if any(self._collecting()):
                 statistics = self._statistics = self._statistics or StepStatistics()
@@ -418,8 +411,6 @@ class MaxVA(Optimizer):
                 batches, replaced, sharding
             ):
                 return
-            for batch in batches[1:]:  # the first one's operator checks before anything moves
-                check_states(batch)
             controls = self._write_controls(batches, sharding)
             counted = self._update(batches, controls, sharding, replaced)
         except Exception:
@@ -427,6 +418,7 @@ class MaxVA(Optimizer):
                 _refill(self.state[p], before)
                 if not before:
                     del self.state[p]
+            self._refuse_gradients()
             raise
         self._count_groups(controls, counted)
         if statistics is not None:
@@ -435,27 +427,24 @@ class MaxVA(Optimizer):
     def _collecting(self) -> list[bool]:
         return [group["collect_stats"] for group in self.param_groups]
 
-    def _check(self) -> list[_Checked]:
-        """Checks groups and gradients; changes nothing."""
-        checked = []
-        first, strided = self.param_groups[0], torch.strided
+    def _check_groups(self) -> list[tuple[float, ...]]:
+        """Checks the groups' options; returns their rows of hyper.ROW."""
+        first = self.param_groups[0]
+        return [_check_options(group, first) for group in self.param_groups]
+
+    def _refuse_gradients(self) -> None:
+        """Raises for a gradient that no backend takes, and names its parameter.
+
+        The backends check every tensor before they move any; this says more, once one has refused.
+        """
         unscales = isinstance(getattr(self, "grad_scale", None), Tensor)
         for group in self.param_groups:
-            row = _check_options(group, first)
-            gradients = [p.grad for p in group["params"]]
-            for index, (p, g) in enumerate(zip(group["params"], gradients, strict=True)):
-                if g is not None and (
-                    g.layout is not strided
-                    or g.shape != p.shape
-                    or g.device != p.device
-                    or (unscales and is_expanded(g))
-                ):
-                    _refuse_gradient(group, index, p, g)
-            checked.append(_Checked(row, gradients))
-        return checked
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    _check_gradient(describe(group, index, p), p, p.grad, unscales)
 
     def _collect(
-        self, checked: list[_Checked], replaced: list[tuple[Tensor, dict[str, Any]]]
+        self, rows: list[tuple[float, ...]], replaced: list[tuple[Tensor, dict[str, Any]]]
     ) -> list[Batch]:
         """Sorts all tensors into batches.
 
@@ -466,24 +455,25 @@ class MaxVA(Optimizer):
         rounds = any(group["stochastic_rounding"] for group in self.param_groups)
         collects = any(self._collecting())
         end = 0
-        for k, (group, of_group) in enumerate(zip(self.param_groups, checked, strict=True)):
-            params, gradients = group["params"], of_group.gradients
+        for k, (group, row) in enumerate(zip(self.param_groups, rows, strict=True)):
+            params = group["params"]
+            gradients = [p.grad for p in params]
             amsgrad, trust_ratio = group["amsgrad"], group["trust_ratio"]
             start, end = end, end + len(params)
             if not params:
                 continue
             self._place_group_step(group, params[0].device)
             # lists at a time, as this is a hot path
-            forms, roundings = self._forms.of(k, group, start)
-            for device, has_master, compact, places in _kinds(group, gradients, forms):
+            forms = self._forms.of(k, group, start)
+            for device, has_master, compact, places in _kinds(group, gradients, forms.places):
                 key = device, has_master, compact, amsgrad, trust_ratio
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = Batch(device, trust_ratio)
-                self._begin_group(batch, k, of_group.row)
+                self._begin_group(batch, k, row)
                 batch.group_sizes[-1] = len(places)
                 chosen = [params[i] for i in places]
-                states = self._states(chosen, compact, amsgrad, has_master, replaced)
+                states = self._states(chosen, forms, compact, amsgrad, has_master, replaced)
                 batch.theta += chosen
                 batch.g += [gradients[i] for i in places]
                 batch.step += map(itemgetter("step"), states)
@@ -492,7 +482,7 @@ class MaxVA(Optimizer):
                 if collects:
                     batch.parameters += [start + i for i in places]
                 if rounds or compact is not None:
-                    batch.rounding += itertools.chain.from_iterable(roundings[i] for i in places)
+                    batch.rounding += itertools.chain.from_iterable(forms.rows[i] for i in places)
         for batch in batches.values():
             if batch.device.type != "cpu" and any(step.is_cpu for step in batch.step):
                 self._place_steps(batch)
@@ -501,17 +491,19 @@ class MaxVA(Optimizer):
     def _states(
         self,
         params: list[Tensor],
+        forms: KnownForms,
         compact: torch.dtype | None,
         amsgrad: bool,
         has_master: bool,
         replaced: list[tuple[Tensor, dict[str, Any]]],
     ) -> list[dict[str, Any]]:
         """The states of parameters of one kind; completed, with the old ones in `replaced`."""
-        states = [self.state.get(p, {}) for p in params]
-        if are_complete(params, states, compact, amsgrad, has_master):
+        kind = forms, compact, amsgrad, has_master
+        states = list(map(self.state.get, params, itertools.repeat({})))
+        if are_complete(params, states, *kind):
             return states
         for p in params:
-            if are_complete([p], [self.state.get(p, {})], compact, amsgrad, has_master):
+            if are_complete([p], [self.state.get(p, {})], *kind):
                 continue
             if _is_capturing(p.device):
                 raise RuntimeError(
@@ -625,6 +617,10 @@ class MaxVA(Optimizer):
                 if id(step) not in counted
             ]
             counted.update(id(step) for step in batch.group_step)
+        # the first one's update checks, too, before it moves anything
+        for batch in batches[1:]:
+            _, grad_scale = controls[batch.device]
+            self._find(batch.device).check(batch, self.algorithm, grad_scale)
 
         def run(batch: Batch, phase: Phase, norms: Tensor | None) -> None:
             control, grad_scale = controls[batch.device]
@@ -854,21 +850,22 @@ def _check_options(group: dict[str, Any], first: dict[str, Any]) -> tuple[float,
     return row
 
 
-def _refuse_gradient(group: dict[str, Any], index: int, p: Tensor, g: Tensor) -> NoReturn:
+def _check_gradient(described: str, p: Tensor, g: Tensor, unscales: bool) -> None:
+    # from None: the operator's own message, about the same tensor, would only be noise
     if g.layout is not torch.strided:
         raise RuntimeError(
-            f"{describe(group, index, p)}: its gradient is {g.layout}; MaxVA does not support "
-            f"sparse gradients, make it dense (for an embedding: sparse=False)"
-        )
-    if g.shape == p.shape and g.device == p.device:
+            f"{described}: its gradient is {g.layout}; MaxVA does not support sparse gradients, "
+            f"make it dense (for an embedding: sparse=False)"
+        ) from None
+    if g.shape != p.shape or g.device != p.device:
         raise ValueError(
-            f"{describe(group, index, p)}: its gradient is expanded (strides {g.stride()}) and "
-            f"cannot be unscaled in place; clone it, or call scaler.unscale_ first"
-        )
-    raise ValueError(
-        f"{describe(group, index, p)} on {p.device}: its gradient has shape {tuple(g.shape)} "
-        f"on {g.device}"
-    )
+            f"{described} on {p.device}: its gradient has shape {tuple(g.shape)} on {g.device}"
+        ) from None
+    if unscales and is_expanded(g):
+        raise ValueError(
+            f"{described}: its gradient is expanded (strides {g.stride()}) and cannot be unscaled "
+            f"in place; clone it, or call scaler.unscale_ first"
+        ) from None
 
 
 def _on(value: Any, device: torch.device) -> Tensor | None:

@@ -16,7 +16,7 @@ from maxva_kernels.batch import (
     Batch,
     Phase,
     Statistic,
-    check_states,
+    check_tensors,
 )
 from maxva_kernels.compact import Moments, Packed, pack, unpack
 from maxva_kernels.hyper import ROW
@@ -114,6 +114,9 @@ def _packed(batch: Batch, i: int) -> Packed | None:
 class EagerBackend:
     """`Backend` (maxva_kernels/batch.py) in plain torch operations."""
 
+    def check(self, batch: Batch, algorithm: str, grad_scale: Tensor | None) -> None:
+        check_tensors(batch, grad_scale is not None)
+
     def update(
         self,
         batch: Batch,
@@ -123,7 +126,7 @@ class EagerBackend:
         grad_scale: Tensor | None,
         norms: Tensor | None,
     ) -> None:
-        check_states(batch)
+        self.check(batch, algorithm, grad_scale)
         keep = None
         if control is not None:
             keep = control[SKIP] != 0

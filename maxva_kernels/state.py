@@ -91,25 +91,20 @@ class Forms:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, KnownForms] = {}
 
-    def of(
-        self, index: int, group: dict[str, Any], start: int
-    ) -> tuple[Mapping[torch.dtype | None, Sequence[int]], list[tuple[int, ...]]]:
-        """Sorts a group's parameters by word_dtype, and tells their rows of rounding.FIELDS.
+    def of(self, index: int, group: dict[str, Any], start: int) -> KnownForms:
+        """Sorts a group's parameters by word_dtype, and tells how they are rounded.
 
         Args:
             index: the group's in the optimizer.
             group: the group.
             start: its first parameter's index in the optimizer.
-
-        Returns:
-            By word_dtype the indices of parameters in the group; per parameter its row, which a
-            DTensor without a gradient has not.
         """
         params = group["params"]
         if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
-            return {None: range(len(params))}, [rounding.NEAREST] * len(params)
+            n = len(params)
+            return KnownForms([], [], {None: range(n)}, [rounding.NEAREST] * n, set())
         options = [start, len(params), *(group[name] for name in _FORM_KEYS)]
         sharded = holds_dtensor(params)
         known = None if sharded else self._known.get(index)
@@ -124,10 +119,10 @@ class Forms:
                 else:
                     rows.append(rounding.row(group, p, start + i, word is not None))
             facts = [list(map(fact, params)) for fact in _FORM_FACTS]
-            known = _Known(options, facts, places, rows)
+            known = KnownForms(options, facts, places, rows, set())
             if not sharded:
                 self._known[index] = known
-        return known.places, known.rows
+        return known
 
 
 #: What word_dtype and rounding.row read of a group, and of a parameter that is no DTensor.
@@ -135,13 +130,23 @@ _FORM_KEYS = ("state_dtype", "fp32_state_below", "stochastic_rounding", "roundin
 _FORM_FACTS = (SHAPE, STRIDE, DTYPE)
 
 
-class _Known(NamedTuple):
-    """What was found for a group, and from what."""
+class KnownForms(NamedTuple):
+    """What was found for a group, and from what.
+
+    Attributes:
+        options: the values of _FORM_KEYS, and the parameters' place and number.
+        facts: per one of _FORM_FACTS its value for every parameter.
+        places: by word_dtype the indices of parameters in the group.
+        rows: per parameter its row of rounding.FIELDS, which a DTensor without a gradient has not.
+        fitting: ids of compact states that have been found to have their parameters' form. An id
+            that another tensor has got by now does no harm: the operators check what they write.
+    """
 
     options: list[Any]
     facts: list[list[Any]]
     places: Mapping[torch.dtype | None, Sequence[int]]
     rows: list[tuple[int, ...]]
+    fitting: set[int]
 
     def fits(self, options: list[Any], params: list[Tensor]) -> bool:
         return self.options == options and all(
@@ -153,11 +158,15 @@ class _Known(NamedTuple):
 def are_complete(
     params: list[Tensor],
     states: list[dict[str, Any]],
+    forms: KnownForms,
     compact: torch.dtype | None,
     amsgrad: bool,
     has_master: bool,
 ) -> bool:
-    """Whether parameters can make a step with these states, in the form `compact` (word_dtype)."""
+    """Whether parameters can make a step with these states, in the form `compact` (word_dtype).
+
+    `forms` remembers which ones could.
+    """
     needed = ["maxva_weight" if compact is None else PACKED]
     if amsgrad:
         needed.append(MAXIMUM if compact is None else PACKED_MAXIMUM)
@@ -170,7 +179,14 @@ def are_complete(
         return True
     if not amsgrad and True in [PACKED_MAXIMUM in state for state in states]:
         return False
-    return _have_form(params, [state[PACKED] for state in states], compact)
+    packed = [state[PACKED] for state in states]
+    ids = list(map(id, packed))
+    if forms.fitting.issuperset(ids):
+        return True
+    if not _have_form(params, packed, compact):
+        return False
+    forms.fitting.update(ids)
+    return True
 
 
 def state_fields(compact: torch.dtype | None, amsgrad: bool, has_master: bool) -> list[str]:

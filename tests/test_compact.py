@@ -590,13 +590,19 @@ def test_what_a_step_remembers_is_what_a_new_optimizer_finds(change: str, kernel
 
 def test_forms_are_found_once(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Parameter] = []
-    found = state.word_dtype
+    compared: list[Parameter] = []
+    found, compare = state.word_dtype, state.same_layouts
 
     def counted(p: Parameter, group: dict[str, Any]) -> Any:
         asked.append(p)
         return found(p, group)
 
+    def counted_too(packed: list[torch.Tensor], params: list[Parameter]) -> bool:
+        compared.extend(params)
+        return compare(packed, params)
+
     monkeypatch.setattr(state, "word_dtype", counted)
+    monkeypatch.setattr(state, "same_layouts", counted_too)
     params = remembering_params()
     opt = FusedMAdam(params, state_dtype="int8", fp32_state_below=0, backend=kernel)
     train(opt, range(1))
@@ -605,10 +611,14 @@ def test_forms_are_found_once(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     opt.step()
     train(opt, range(2, 4))
     assert len(asked) == len(params)
+    compared.clear()
+    train(opt, range(4, 6))
+    assert not compared
     params[3].data = params[3].data.contiguous(memory_format=torch.channels_last)
     params[3].grad = None
-    train(opt, range(4, 6))
+    train(opt, range(6, 8))
     assert len(asked) == 2 * len(params)
+    assert any(p is params[3] for p in compared)
 
 
 @pytest.mark.parametrize("kind", KINDS)

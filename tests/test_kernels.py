@@ -911,8 +911,8 @@ def operator_arguments(**options: Any) -> dict[str, Any]:
     }
 
 
-def call(arguments: dict[str, Any]) -> None:
-    torch.ops.maxva.update_(*arguments.values())
+def call(arguments: dict[str, Any], check_only: bool = False) -> None:
+    torch.ops.maxva.update_(*arguments.values(), check_only)
 
 
 def replaced(name: str, i: int, make: Any) -> Any:
@@ -1018,8 +1018,9 @@ BAD_ARGUMENTS: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("check_only", [False, True])
 @pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_update_refuses_bad_arguments(change: Any, message: str) -> None:
+def test_update_refuses_bad_arguments(change: Any, message: str, check_only: bool) -> None:
     arguments = operator_arguments()
     change(arguments)
     tensors = {
@@ -1028,7 +1029,7 @@ def test_update_refuses_bad_arguments(change: Any, message: str) -> None:
     }
     before = {name: [x.clone() for x in of] for name, of in tensors.items()}
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
-        call(arguments)
+        call(arguments, check_only)
     assert same_bits(tensors, before)
 
 
@@ -1036,9 +1037,14 @@ def test_valid_operator_arguments_do_work() -> None:
     """What the test above changes is right before the change."""
     arguments = operator_arguments()
     assert len(arguments["hyper"]) == len(ROW) + 1
-    before = [x.clone() for x in arguments["theta"]]
+    before = {name: [x.clone() for x in arguments[name]] for name in LISTS}
+    call(arguments, check_only=True)
+    assert same_bits(before, {name: arguments[name] for name in LISTS})
     call(arguments)
-    assert not any(torch.equal(a, b) for a, b in zip(before, arguments["theta"], strict=True))
+    for name in ("theta", "m", "u", "v", "w", "step"):
+        assert not any(
+            torch.equal(a, b) for a, b in zip(before[name], arguments[name], strict=True)
+        )
 
 
 @pytest.mark.parametrize(

@@ -206,19 +206,25 @@ def test_parameter_of_another_type_is_refused(tensor: Tensor, message: str, name
 # --- gradients that do not fit -------------------------------------------------------------------
 
 
-def test_sparse_gradient_names_the_parameter(backend: str) -> None:
-    dense, sparse = Parameter(torch.ones(3)), Parameter(torch.ones(4, 2))
-    dense.grad = torch.ones(3)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_grad_norm": 1.0}, {"state_dtype": "int8", "fp32_state_below": 0}],
+    ids=["plain", "in_the_norm", "in_a_later_batch"],
+)
+def test_sparse_gradient_names_the_parameter(options: Any, backend: str) -> None:
+    dense, sparse = Parameter(torch.ones(2, 256)), Parameter(torch.ones(4, 2))
+    dense.grad = torch.ones(2, 256)
     sparse.grad = torch.ones(4, 2).to_sparse()
     for params, where in (
         ([dense, sparse], "parameter 1 of its group"),
         ([("a", dense), ("embedding.weight", sparse)], "'embedding.weight'"),
     ):
-        opt = FusedMAdam(params, backend=backend)
-        with pytest.raises(RuntimeError, match="sparse") as raised:
+        opt = FusedMAdam(params, backend=backend, **options)
+        with pytest.raises(RuntimeError, match="does not support sparse gradients") as raised:
             opt.step()
         assert where in str(raised.value)
-        assert torch.equal(dense.detach(), torch.ones(3))
+        assert raised.value.__suppress_context__  # one message, the one that names it
+        assert torch.equal(dense.detach(), torch.ones(2, 256))
         assert not opt.state.get(dense)
         assert opt.param_groups[0]["step"] == 0
 

@@ -391,6 +391,8 @@ def test_bad_input_changes_nothing(change: str, state_dtype: str) -> None:
     before = copied(batch)
     with pytest.raises((ValueError, TypeError), match=message):
         take_step(kernels(), batch, "madam")
+    with pytest.raises((ValueError, TypeError), match=message):
+        kernels().check(batch, "madam", None)
     assert same_batches(batch, before)
 
 
@@ -399,6 +401,10 @@ def test_schema_and_versions(state_dtype: str) -> None:
     batch = make_batch([(2, 128), (3, 200)], state_dtype, "madam", amsgrad=True)
     written = [*batch.theta, *batch.packed, *batch.scale, *batch.maximum, *batch.step]
     versions = [x._version for x in written]
+    before = copied(batch)
+    kernels().check(batch, "madam", None)
+    assert same_batches(batch, before)
+    assert [x._version for x in written] == versions
     kernels().update(batch, "madam", Phase.WHOLE, None, None, None)
     assert [x._version for x in written] == [version + 1 for version in versions]
     b = make_batch([(2, 128), (3, 200)], state_dtype, "madam", amsgrad=True)

@@ -664,8 +664,9 @@ def test_refusal_changes_nothing(changes: dict[str, Any], error: type, words: st
         for tensor in value
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided
     ]
-    with pytest.raises(error, match=words):
-        kernels().update_(**given)
+    for check_only in (False, True):
+        with pytest.raises(error, match=words):
+            kernels().update_(**given, check_only=check_only)
     assert all(same_bits(tensor, copy) for tensor, copy in before if tensor.device.type == "cpu")
     kernels().update_(**arguments())  # and an accepted call is accepted afterwards
 
@@ -674,6 +675,8 @@ def test_refusal_changes_nothing(changes: dict[str, Any], error: type, words: st
 def test_version_counters() -> None:
     given = arguments(grad_scale=torch.tensor(2.0))
     before = [tensor._version for tensor in (*given["theta"], *given["g"])]
+    kernels().update_(**given, check_only=True)
+    assert [tensor._version for tensor in (*given["theta"], *given["g"])] == before
     kernels().update_(**given)
     after = [tensor._version for tensor in (*given["theta"], *given["g"])]
     assert all(b > a for a, b in zip(before, after, strict=True))

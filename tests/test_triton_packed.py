@@ -646,8 +646,10 @@ ROW = [0, 0, 0, 2**40, 2**40, 0]
 def test_refusal_changes_nothing(changes: dict[str, Any], error: type, words: str) -> None:
     batch = make_batch([(3, 150), (3, 150)])
     before = copy.deepcopy(batch)
-    with pytest.raises(error, match=words):
-        call(batch, grad_scale=torch.tensor(2.0), **changes)
+    for check_only in (False, True):
+        with pytest.raises(error, match=words):
+            call(batch, grad_scale=torch.tensor(2.0), check_only=check_only, **changes)
+    call(batch, check_only=True)  # which changes nothing either
     for name in ("theta", "g", "packed", "scale", "step"):
         assert same_bits(getattr(before, name), getattr(batch, name)), name
 

@@ -238,6 +238,14 @@ def check_tensors(lists: TensorLists) -> None:
         check_one_element(step, "group step", torch.int32, device)
 
 
+def check_written(lists: TensorLists, gradient_written: bool) -> None:
+    """Raises if what is written has elements that share memory; needed where layouts differ."""
+    written = dict(lists.states, gradient=lists.g) if gradient_written else lists.states
+    for name, tensors in written.items():
+        for i, tensor in enumerate(tensors):
+            check_writable(tensor, f"{NAMES.get(name, name)}[{i}]")
+
+
 def _check_float_states(lists: TensorLists, i: int) -> None:
     theta = lists.theta[i]
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
@@ -342,10 +350,6 @@ class LayoutFitter:
     """
 
     def __init__(self, lists: TensorLists, gradient_written: bool) -> None:
-        written = dict(lists.states, gradient=lists.g) if gradient_written else lists.states
-        for name, tensors in written.items():
-            for i, tensor in enumerate(tensors):
-                check_writable(tensor, f"{NAMES.get(name, name)}[{i}]")
         self._copies: list[tuple[Tensor, Tensor]] = []
         fitted = replace(
             lists,

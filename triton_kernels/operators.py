@@ -25,6 +25,7 @@ from .checks import (
     check_gradients,
     check_one_element,
     check_tensors,
+    check_written,
     is_dense,
     needs_fitting,
 )
@@ -92,6 +93,7 @@ def update_(
     rounding: Sequence[int],
     algorithm: str,
     phase: int,
+    check_only: bool = False,
 ) -> None:
     """One step: moves states and parameters and counts, unless control says skip.
 
@@ -117,13 +119,14 @@ def update_(
         rounding: rows of `Rounding` (stochastic_rounding.py), flat; empty to round to the nearest.
         algorithm: "madam" or "lamadam".
         phase: 0, everything; 1, states and norms; 2, parameters.
+        check_only: everything is checked and nothing done.
 
     Raises:
         ValueError or TypeError: an argument does not fit. Nothing has been changed then.
     """
     states = {"m": m, "u": u, "v": v, "w": w, "vmax": vmax, "master": master}
     lists = TensorLists(theta, g, states, step, group_step, group_sizes, rounding)
-    _update(lists, hyper, lr, control, grad_scale, norms, statistics, algorithm, phase)
+    _update(lists, hyper, lr, control, grad_scale, norms, statistics, algorithm, phase, check_only)
 
 
 def update_packed_(
@@ -145,6 +148,7 @@ def update_packed_(
     rounding: Sequence[int],
     algorithm: str,
     phase: int,
+    check_only: bool = False,
 ) -> None:
     """One step of parameters with compact states: those of compact.py instead of m, u, v, w.
 
@@ -168,13 +172,14 @@ def update_packed_(
         rounding: rows of `Rounding`, all of which have random bits.
         algorithm: "madam" or "lamadam".
         phase: 0, everything; 1, norms, and no state is changed; 2, everything, with the norms.
+        check_only: everything is checked and nothing done.
 
     Raises:
         ValueError or TypeError: an argument does not fit. Nothing has been changed then.
     """
     states = {"packed": packed, "scale": scale, "maximum": maximum, "master": master}
     lists = TensorLists(theta, g, states, step, group_step, group_sizes, rounding)
-    _update(lists, hyper, lr, control, grad_scale, norms, statistics, algorithm, phase)
+    _update(lists, hyper, lr, control, grad_scale, norms, statistics, algorithm, phase, check_only)
 
 
 def _update(
@@ -187,6 +192,7 @@ def _update(
     statistics: Tensor | None,
     algorithm: str,
     phase: int,
+    check_only: bool,
 ) -> None:
     theta, g = lists.theta, lists.g
     if not theta:
@@ -196,6 +202,10 @@ def _update(
     check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
     table = _find_update_table(lists)
     fitter = None
+    if table.needs_fitting:
+        check_written(lists, grad_scale is not None)
+    if check_only:
+        return
     if table.needs_fitting:
         fitter = LayoutFitter(lists, grad_scale is not None)
         lists = fitter.lists
