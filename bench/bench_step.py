@@ -35,6 +35,12 @@ COMPARISONS: dict[str, tuple[str, str, list[str], int | None]] = {
     "bert-large-madam": ("bert-large", BASELINE, ["FusedMAdam"], None),
     "bert-large-lamadam": ("bert-large", BASELINE, ["FusedLaMAdam"], None),
     "400-tensors-of-64": ("tiny-400x64", BASELINE, OURS, None),
+    "200-tensors-of-4096-200-of-64": (
+        "tiny-200x4096-200x64",
+        BASELINE,
+        ["FusedMAdam", "FusedMAdam+bfloat16", "FusedMAdam+int8"],
+        None,
+    ),
 }
 
 

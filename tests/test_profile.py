@@ -82,6 +82,7 @@ def _small_machine(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
         ("llama-1b", 146, 1_235_814_400),
         ("resnet-50", 161, 25_557_032),
         ("tiny-10000x64", 10_000, 640_000),
+        ("tiny-200x4096-200x64", 400, 832_000),
     ],
 )
 def test_models_have_the_parameters_of_the_real_ones(model, tensors, numel):

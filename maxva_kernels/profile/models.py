@@ -131,6 +131,8 @@ MODELS: dict[str, Model] = {
         Model("resnet-50", resnet50()),
         Model("tiny-10000x64", [((64,), False)] * 10_000),
         Model("tiny-400x64", [((64,), False)] * 400),
+        # half of them compact, where states are: the host's part of a step with both forms
+        Model("tiny-200x4096-200x64", [((32, 128), True), ((64,), False)] * 200),
     )
 }
 
