@@ -38,16 +38,60 @@ constexpr int64_t kBlock = 128;
 template <typename S>
 using computed_t = decltype(to_compute(S{}));
 
-template <typename T, typename S>
-MAXVA_INLINE void load_block(const S* __restrict from, T* __restrict to, int64_t n) {
+inline void load_float16(const Float16* __restrict from, float* __restrict to, int64_t n) {
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(to_compute(from[i]));
+  for (int64_t i = 0; i < n; ++i) to[i] = to_compute(from[i]);
 }
 
-template <typename T, typename S>
-MAXVA_INLINE void store_block(const T* __restrict from, S* __restrict to, int64_t n) {
+inline void store_float16(const float* __restrict from, Float16* __restrict to, int64_t n) {
   MAXVA_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) from_compute(static_cast<computed_t<S>>(from[i]), to[i]);
+  for (int64_t i = 0; i < n; ++i) from_compute(from[i], to[i]);
+}
+
+#if defined(MAXVA_X86)
+// As above, by the processor's own conversions (F16C), which keep more of a NaN than that it is
+// one.
+__attribute__((target("avx2,f16c"))) inline void load_float16_avx2(const Float16* __restrict from,
+                                                                   float* __restrict to,
+                                                                   int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < n; ++i) to[i] = _cvtsh_ss(from[i].bits);
+}
+
+__attribute__((target("avx2,f16c"))) inline void store_float16_avx2(const float* __restrict from,
+                                                                    Float16* __restrict to,
+                                                                    int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  for (; i < n; ++i) to[i].bits = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+template <typename Ops, typename T, typename S>
+MAXVA_INLINE void load_block(const S* __restrict from, T* __restrict to, int64_t n) {
+  if constexpr (std::is_same_v<S, Float16> && std::is_same_v<T, float>) {
+    Ops::load_float16(from, to, n);
+  } else {
+    MAXVA_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(to_compute(from[i]));
+  }
+}
+
+template <typename Ops, typename T, typename S>
+MAXVA_INLINE void store_block(const T* __restrict from, S* __restrict to, int64_t n) {
+  if constexpr (std::is_same_v<S, Float16> && std::is_same_v<T, float>) {
+    Ops::store_float16(from, to, n);
+  } else {
+    MAXVA_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) from_compute(static_cast<computed_t<S>>(from[i]), to[i]);
+  }
 }
 
 // Calls fn with a typed pointer to element `offset`.
@@ -65,19 +109,19 @@ template <typename T>
 constexpr DType kComputeDType = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
 
 // A block of storage seen in the compute type: in place where it has that type, else a buffer.
-template <typename T>
+template <typename Ops, typename T>
 struct BlockBuffer {
   alignas(64) T values[kBlock];
 
   MAXVA_INLINE T* load(DType dtype, void* data, int64_t offset, int64_t n, bool copy = false) {
     if (dtype == kComputeDType<T> && !copy) return static_cast<T*>(data) + offset;
-    with_type(dtype, data, offset, [&](auto* from) { load_block(from, values, n); });
+    with_type(dtype, data, offset, [&](auto* from) { load_block<Ops>(from, values, n); });
     return values;
   }
 
   MAXVA_INLINE static void store(const T* block, DType dtype, void* data, int64_t offset,
                                  int64_t n) {
-    with_type(dtype, data, offset, [&](auto* to) { store_block(block, to, n); });
+    with_type(dtype, data, offset, [&](auto* to) { store_block<Ops>(block, to, n); });
   }
 };
 
@@ -285,8 +329,18 @@ MAXVA_INLINE void gradient_block(const T* __restrict g_raw, const T* __restrict 
   for (int64_t i = 0; i < n; ++i) g[i] = observed_gradient<Ops>(g_raw[i], theta[i], s);
 }
 
+template <typename Ops>
 MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) {
   double sum = 0;
+  if (dtype == DType::kFloat16) {
+    alignas(64) float block[kBlock];
+    for (int64_t b = 0; b < n; b += kBlock) {
+      const int64_t of_block = n - b < kBlock ? n - b : kBlock;
+      load_block<Ops>(static_cast<const Float16*>(g) + b, block, of_block);
+      sum += sum_of_squares_of(block, of_block);
+    }
+    return sum;
+  }
   with_type(dtype, const_cast<void*>(g), 0, [&](auto* x) { sum = sum_of_squares_of(x, n); });
   return sum;
 }
@@ -294,11 +348,13 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
 // Operations of one instruction set, Ops_<name>: thin functions with a target, everything else
 // inlined; but what few steps use is a function of its own, so that it is not compiled into every
 // variant.
-#define MAXVA_OPS(name, target, Fma, calls)                                                        \
+#define MAXVA_OPS(name, target, Fma, calls, load, store)                                           \
   struct Ops_##name : Fma {                                                                        \
     static constexpr auto random_calls = calls;                                                    \
+    static constexpr auto load_float16 = load;                                                     \
+    static constexpr auto store_float16 = store;                                                   \
     target MAXVA_NO_INLINE static double sum_of_squares(const void* g, DType dtype, int64_t n) {   \
-      return sum_of_squares_chunk(g, dtype, n);                                                    \
+      return sum_of_squares_chunk<Ops_##name>(g, dtype, n);                                        \
     }                                                                                              \
     template <typename T>                                                                          \
     target MAXVA_NO_INLINE static void store_stochastically(const T* from, BFloat16* to,           \
@@ -315,9 +371,11 @@ MAXVA_INLINE double sum_of_squares_chunk(const void* g, DType dtype, int64_t n) 
   };
 
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__) || defined(__FMA__)
-MAXVA_OPS(baseline, , FusedMultiplyAdd, maxva::random_calls)
+MAXVA_OPS(baseline, , FusedMultiplyAdd, maxva::random_calls, maxva::load_float16,
+          maxva::store_float16)
 #else
-MAXVA_OPS(baseline, , SeparateMultiplyAdd, maxva::random_calls)
+MAXVA_OPS(baseline, , SeparateMultiplyAdd, maxva::random_calls, maxva::load_float16,
+          maxva::store_float16)
 #endif
 
 #if defined(MAXVA_X86)
@@ -329,8 +387,10 @@ MAXVA_OPS(baseline, , SeparateMultiplyAdd, maxva::random_calls)
 #define MAXVA_AVX512 \
   __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")))
 #endif
-MAXVA_OPS(avx2, MAXVA_AVX2, FusedMultiplyAdd, random_calls_avx2)
-MAXVA_OPS(avx512, MAXVA_AVX512, FusedMultiplyAdd, random_calls_avx512)
+MAXVA_OPS(avx2, MAXVA_AVX2, FusedMultiplyAdd, random_calls_avx2, load_float16_avx2,
+          store_float16_avx2)
+MAXVA_OPS(avx512, MAXVA_AVX512, FusedMultiplyAdd, random_calls_avx512, load_float16_avx2,
+          store_float16_avx2)
 #endif
 #undef MAXVA_OPS
 

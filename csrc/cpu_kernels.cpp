@@ -8,6 +8,10 @@
 
 #include "cpu_blocks.h"
 
+#if defined(MAXVA_X86)
+#include <cpuid.h>
+#endif
+
 namespace maxva {
 namespace {
 
@@ -97,7 +101,7 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
   const Scalars<T> s = scalars;  // a copy that no store through a pointer can change
   SumsOfSquares sums{0, 0};
   ChunkStatistics<T> statistics;
-  BlockBuffer<T> theta_buffer, g_buffer, observed;
+  BlockBuffer<Ops, T> theta_buffer, g_buffer, observed;
   alignas(64) T c_of_blocks[kCollected] = {}, update_of_blocks[kCollected];
   auto* const m = static_cast<T*>(chunk.m);
   auto* const u = static_cast<T*>(chunk.u);
@@ -124,9 +128,9 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
       divide_block(g_raw, static_cast<T>(*chunk.grad_scale), observed.values, n);
       // kStates leaves the scaled gradient for kParameters, which writes it back
       if (phase != Phase::kStates) {
-        BlockBuffer<T>::store(observed.values, chunk.g_dtype, chunk.g, b, n);
+        BlockBuffer<Ops, T>::store(observed.values, chunk.g_dtype, chunk.g, b, n);
       }
-      load_block(observed.values, g_buffer.values, n);
+      load_block<Ops>(observed.values, g_buffer.values, n);
       g_raw = g_buffer.values;
     }
     const T* g = observed.values;
@@ -175,7 +179,7 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
       Ops::store_stochastically(theta, static_cast<BFloat16*>(chunk.theta) + b, *chunk.random,
                                 chunk.first + b, n);
     } else if (chunk.master || theta == theta_buffer.values) {
-      BlockBuffer<T>::store(theta, chunk.theta_dtype, chunk.theta, b, n);
+      BlockBuffer<Ops, T>::store(theta, chunk.theta_dtype, chunk.theta, b, n);
     }
   }
   if (collect) {
@@ -202,7 +206,15 @@ MAXVA_INLINE SumsOfSquares update_chunk(const ChunkView& chunk, const Scalars<T>
 MAXVA_FOR_EACH_ISA(MAXVA_KERNELS)
 
 #if defined(MAXVA_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Asked for by hand: not every compiler that is supported knows this one's name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&

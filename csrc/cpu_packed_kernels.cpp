@@ -291,7 +291,7 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
   const Scalars<float> s = scalars;  // a copy that no store through a pointer can change
   SumsOfSquares sums{0, 0};
   ChunkStatistics<float> statistics;
-  BlockBuffer<float> theta_buffer, g_buffer, observed, update_buffer;
+  BlockBuffer<Ops, float> theta_buffer, g_buffer, observed, update_buffer;
   WholeBlock<uint32_t, kInt8 ? 1 : 2> packed_block_of;
   WholeBlock<StoredMaximum<kPacking>> maximum_block_of;
   Moments moments;
@@ -317,8 +317,8 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
     if (view.grad_scale) {
       divide_block(g_raw, static_cast<float>(*view.grad_scale), observed.values, kBlock);
       // kStates leaves the scaled gradient for kParameters, which writes it back
-      if (!states) BlockBuffer<float>::store(observed.values, view.g_dtype, view.g, first, n);
-      load_block(observed.values, g_buffer.values, kBlock);
+      if (!states) BlockBuffer<Ops, float>::store(observed.values, view.g_dtype, view.g, first, n);
+      load_block<Ops>(observed.values, g_buffer.values, kBlock);
       g_raw = g_buffer.values;
     }
     fetch_ahead(view.g, first, size_of(view.g_dtype));
@@ -382,10 +382,10 @@ MAXVA_INLINE SumsOfSquares update_blocks(const PackedView& view, const Scalars<f
       continue;
     }
     if (copy && moved != view.theta) {
-      BlockBuffer<float>::store(theta, DType::kFloat32, view.master, first, n);
+      BlockBuffer<Ops, float>::store(theta, DType::kFloat32, view.master, first, n);
     }
     if (view.master || theta == theta_buffer.values) {
-      BlockBuffer<float>::store(theta, view.theta_dtype, view.theta, first, n);
+      BlockBuffer<Ops, float>::store(theta, view.theta_dtype, view.theta, first, n);
     }
   }
   if (collect) {

@@ -1,8 +1,8 @@
 """The optimizers: what a step is made of, in the order of docs/algorithm.md section 2.
 
-    step() -> _collect (check, create states) -> Sharding.localize (DTensors to local parts) ->
+    step() -> _collect (states, batches) -> Sharding.localize (DTensors to local parts) ->
     _write_controls (one read of the gradients, if clipping or skipping needs it) ->
-    Backend.update (one memory pass) -> counters
+    Backend.check, Backend.update (all tensors checked; one memory pass) -> counters
 
 No mathematics of the update rule here: that is reference.py, csrc/maxva_math.h and its twin.
 """
