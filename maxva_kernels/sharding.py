@@ -58,8 +58,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def check_placement(described: str, p: Tensor, name: str, tensor: Tensor) -> None:
     """Raises ValueError unless a tensor is divided over ranks exactly as its parameter p is."""
-    sharded = is_dtensor(p)
-    if sharded != is_dtensor(tensor) or (sharded and not _same_placement(p, tensor)):
+    if division(tensor) != division(p):
         raise ValueError(
             f"{described}: {name} is {_placement(tensor)}, but the parameter is {_placement(p)}. "
             f"Load states of sharded parameters with torch.distributed.checkpoint.state_dict."
@@ -67,8 +66,14 @@ def check_placement(described: str, p: Tensor, name: str, tensor: Tensor) -> Non
         )
 
 
-def _same_placement(p: Any, tensor: Any) -> bool:
-    return bool(p.placements == tensor.placements and p.device_mesh == tensor.device_mesh)
+def division(tensor: Any) -> tuple[Any, ...] | None:
+    """Over which ranks a DTensor is divided, and how; None of a plain tensor."""
+    return _division(_dtensor(), tensor)
+
+
+def _division(cls: type[Any] | None, tensor: Any) -> tuple[Any, ...] | None:
+    is_divided = cls is not None and isinstance(tensor, cls)
+    return (tensor.device_mesh, tensor.placements) if is_divided else None
 
 
 def _placement(tensor: Any) -> str:
@@ -206,23 +211,24 @@ class Sharding:
         if cls is None:
             return
         batches = [b for b in batches if _holds(cls, b.theta) or _holds(cls, b.g)]
-        parts: list[tuple[list[Tensor], int, Any]] = []
         strays: list[tuple[list[Tensor], int, Any, Any]] = []
+        for batch in batches:
+            of_parameters = [_division(cls, p) for p in batch.theta]
+            for field in _LIKE_PARAMETER:
+                tensors = getattr(batch, field)
+                found = [_division(cls, tensor) for tensor in tensors]
+                if not tensors or found == of_parameters:  # a list at a time, as it is a hot path
+                    continue
+                for i, p in enumerate(batch.theta):
+                    if found[i] != of_parameters[i]:
+                        self._check_redistributable(p, field, tensors[i], unscales)
+                        strays.append((tensors, i, tensors[i], p))
+        for tensors, i, tensor, p in strays:
+            tensors[i] = tensor.redistribute(p.device_mesh, p.placements)
         for batch in batches:
             for field in _LIKE_PARAMETER:
                 tensors = getattr(batch, field)
-                for i, (p, tensor) in enumerate(zip(batch.theta, tensors, strict=False)):
-                    sharded = isinstance(p, cls), isinstance(tensor, cls)
-                    if all(sharded) and _same_placement(p, tensor):
-                        parts.append((tensors, i, tensor))
-                    elif any(sharded):
-                        self._check_redistributable(p, field, tensor, unscales)
-                        strays.append((tensors, i, tensor, p))
-        for tensors, i, tensor in parts:
-            tensors[i] = tensor.to_local()
-        for tensors, i, tensor, p in strays:
-            tensors[i] = tensor.redistribute(p.device_mesh, p.placements).to_local()
-        for batch in batches:
+                tensors[:] = [t.to_local() if isinstance(t, cls) else t for t in tensors]
             here = [(i, p) for i, p in enumerate(batch.theta) if isinstance(p, cls)]
             batch.rows = {i: self._row_of[id(p)] for i, p in here if id(p) in self._row_of}
             # the operators count up what they write, but do not see the DTensor around it
@@ -429,9 +435,9 @@ def linear_index(p: Tensor) -> tuple[int, int, int]:
     """
     if not is_dtensor(p):
         return 0, max(p.numel(), 1), p.numel()
-    division: Any = p
+    sharded: Any = p
     return _linear_index(
-        _Division(division.device_mesh, division.placements, tuple(p.shape)), tuple(local(p).shape)
+        _Division(sharded.device_mesh, sharded.placements, tuple(p.shape)), tuple(local(p).shape)
     )
 
 
@@ -442,11 +448,7 @@ def holds_whole_blocks(p: Tensor) -> bool:
     that is sharded in dimension 0, or in dimension 1 in equal pieces of whole blocks. Depends on
     what all ranks know alone.
     """
-    division = None
-    if is_dtensor(p):
-        sharded: Any = p
-        division = sharded.device_mesh, sharded.placements
-    return _holds_whole_blocks(p.shape, p.stride(), division)
+    return _holds_whole_blocks(p.shape, p.stride(), division(p))
 
 
 @functools.lru_cache(maxsize=65536)  # asked for in every step

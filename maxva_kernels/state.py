@@ -6,7 +6,7 @@ It has one of two forms: float32 tensors (float64 for float64 parameters), or co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from maxva_kernels.compact import (
 from maxva_kernels.hyper import describe
 from maxva_kernels.sharding import (
     check_placement,
+    division,
     holds_dtensor,
     holds_whole_blocks,
     local,
@@ -86,8 +87,7 @@ def has_moments(state: dict[str, Any]) -> bool:
 class Forms:
     """In which form parameters keep their states and how they are rounded, from step to step.
 
-    A group's are found anew where anything has changed that they depend on; of DTensors nothing is
-    remembered.
+    A group's are found anew where anything has changed that they depend on.
     """
 
     def __init__(self) -> None:
@@ -105,9 +105,9 @@ class Forms:
         if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
             n = len(params)
             return KnownForms([], [], {None: range(n)}, [rounding.NEAREST] * n, set())
-        options = [start, len(params), *(group[name] for name in _FORM_KEYS)]
         sharded = holds_dtensor(params)
-        known = None if sharded else self._known.get(index)
+        options = [start, len(params), sharded, *(group[name] for name in _FORM_KEYS)]
+        known = self._known.get(index)
         if known is None or not known.fits(options, params):
             places: dict[torch.dtype | None, list[int]] = {}
             rows: list[tuple[int, ...]] = []
@@ -118,24 +118,29 @@ class Forms:
                     rows.append(rounding.NEAREST)
                 else:
                     rows.append(rounding.row(group, p, start + i, word is not None))
-            facts = [list(map(fact, params)) for fact in _FORM_FACTS]
-            known = KnownForms(options, facts, places, rows, set())
-            if not sharded:
-                self._known[index] = known
+            read = _FORM_FACTS if sharded else _PLAIN_FORM_FACTS
+            facts = [(fact, list(map(fact, params))) for fact in read]
+            known = self._known[index] = KnownForms(options, facts, places, rows, set())
         return known
 
 
-#: What word_dtype and rounding.row read of a group, and of a parameter that is no DTensor.
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
+
+
+#: What word_dtype and rounding.row read of a group, of a parameter, and of a DTensor as well.
 _FORM_KEYS = ("state_dtype", "fp32_state_below", "stochastic_rounding", "rounding_seed")
-_FORM_FACTS = (SHAPE, STRIDE, DTYPE)
+_PLAIN_FORM_FACTS = (SHAPE, STRIDE, DTYPE)
+_FORM_FACTS = (*_PLAIN_FORM_FACTS, division, _has_gradient)
 
 
 class KnownForms(NamedTuple):
     """What was found for a group, and from what.
 
     Attributes:
-        options: the values of _FORM_KEYS, and the parameters' place and number.
-        facts: per one of _FORM_FACTS its value for every parameter.
+        options: the values of _FORM_KEYS, and of the parameters place, number, and whether any is a
+            DTensor.
+        facts: from _FORM_FACTS, each with its value for every parameter.
         places: by word_dtype the indices of parameters in the group.
         rows: per parameter its row of rounding.FIELDS, which a DTensor without a gradient has not.
         fitting: ids of compact states that have been found to have their parameters' form. An id
@@ -143,15 +148,14 @@ class KnownForms(NamedTuple):
     """
 
     options: list[Any]
-    facts: list[list[Any]]
+    facts: list[tuple[Callable[[Tensor], Any], list[Any]]]
     places: Mapping[torch.dtype | None, Sequence[int]]
     rows: list[tuple[int, ...]]
     fitting: set[int]
 
     def fits(self, options: list[Any], params: list[Tensor]) -> bool:
         return self.options == options and all(
-            agree(map(fact, params), values)
-            for fact, values in zip(_FORM_FACTS, self.facts, strict=True)
+            agree(map(fact, params), values) for fact, values in self.facts
         )
 
 
