@@ -116,7 +116,7 @@ void bump_versions(TensorList tensors) {
   }
 }
 
-// What update_ and update_packed_ are given alike.
+// What update_ and update_packed_ are given alike, beside check_only: to check and do nothing.
 struct Common {
   TensorList theta, g, master, step, group_step;
   at::IntArrayRef group_sizes;
@@ -126,7 +126,6 @@ struct Common {
   at::IntArrayRef rounding;
   c10::string_view algorithm;
   int64_t phase;
-  bool check_only;  // everything is checked and nothing done
 };
 
 // Tensors of the parameters' shapes that an update writes: states, or master weights.
@@ -141,7 +140,7 @@ struct List {
 // Everything but the tensors that belong to single parameters.
 UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
   const auto& [theta, g, master, step, group_step, group_sizes, hyper, lr, control, grad_scale,
-               norms, statistics, rounding, algorithm, phase, check_only] = common;
+               norms, statistics, rounding, algorithm, phase] = common;
   const size_t n = theta.size();
   const at::Device device = theta[0].device();
   UpdateArgs args;
@@ -272,9 +271,8 @@ void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorL
              const std::optional<Tensor>& statistics, at::IntArrayRef rounding,
              c10::string_view algorithm, int64_t phase, bool check_only) {
   if (theta.empty()) return;
-  const Common common{theta,    g,         master,  step,       group_step, group_sizes,
-                      hyper,    lr,        control, grad_scale, norms,      statistics,
-                      rounding, algorithm, phase,   check_only};
+  const Common common{theta,   g,          master, step,       group_step, group_sizes, hyper, lr,
+                      control, grad_scale, norms,  statistics, rounding,   algorithm,   phase};
   const List lists[] = {
       {"exp_avg (m)", m, &TensorLists::m, false, {}},
       {"maxva_avg (u)", u, &TensorLists::u, false, {}},
@@ -305,9 +303,8 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
                     bool check_only) {
   if (theta.empty()) return;
   const size_t n = theta.size();
-  const Common common{theta,    g,         master,  step,       group_step, group_sizes,
-                      hyper,    lr,        control, grad_scale, norms,      statistics,
-                      rounding, algorithm, phase,   check_only};
+  const Common common{theta,   g,          master, step,       group_step, group_sizes, hyper, lr,
+                      control, grad_scale, norms,  statistics, rounding,   algorithm,   phase};
   const bool is_int8 = !packed.empty() && packed[0].scalar_type() == at::kInt;
   const List lists[] = {
       {"maxva_packed", packed, &TensorLists::packed, false, is_int8 ? at::kInt : at::kLong},

@@ -120,6 +120,11 @@ def check_tensors(batch: Batch, unscales: bool) -> None:
     if not batch.packed:
         return
     word = batch.packed[0].dtype
+    if word not in MAXIMUM_DTYPE or (word == torch.int32) != bool(batch.scale):
+        raise ValueError(
+            f"maxva_packed is {word}, maxva_scale {'there' if batch.scale else 'missing'}; int32 "
+            f"words have one each, int64 words none"
+        )
     _check_list(batch, "packed", shapes, [word] * len(shapes))
     _check_list(batch, "scale", list(map(_blocks, shapes)), [torch.int32] * len(shapes))
     _check_list(batch, "maximum", shapes, [MAXIMUM_DTYPE[word]] * len(shapes))

@@ -410,6 +410,7 @@ class MaxVA(Optimizer):
             if (replaced or sharding.spans_ranks) and self._observes_nothing(
                 batches, replaced, sharding
             ):
+                self._refuse_gradients()  # no backend is asked
                 return
             controls = self._write_controls(batches, sharding)
             counted = self._update(batches, controls, sharding, replaced)
@@ -851,7 +852,7 @@ def _check_options(group: dict[str, Any], first: dict[str, Any]) -> tuple[float,
 
 
 def _check_gradient(described: str, p: Tensor, g: Tensor, unscales: bool) -> None:
-    # from None: the operator's own message, about the same tensor, would only be noise
+    # from None: one message, the one that names the parameter
     if g.layout is not torch.strided:
         raise RuntimeError(
             f"{described}: its gradient is {g.layout}; MaxVA does not support sparse gradients, "

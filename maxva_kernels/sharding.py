@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maxva_kernels.batch import STATE_KEYS, Batch, Statistic
-from maxva_kernels.compact import BLOCK, num_blocks, rows_are_dense
+from maxva_kernels.compact import BLOCK, SHAPE, agree, num_blocks, rows_are_dense
 from maxva_kernels.hyper import describe
 
 #: Fields of a Batch that are divided as their parameter is, with the names users know.
@@ -213,6 +213,9 @@ class Sharding:
         batches = [b for b in batches if _holds(cls, b.theta) or _holds(cls, b.g)]
         strays: list[tuple[list[Tensor], int, Any, Any]] = []
         for batch in batches:
+            if not agree(map(SHAPE, batch.g), map(SHAPE, batch.theta)):
+                # parts on this rank may agree nevertheless
+                raise ValueError("a gradient has another shape than its parameter")
             of_parameters = [_division(cls, p) for p in batch.theta]
             for field in _LIKE_PARAMETER:
                 tensors = getattr(batch, field)

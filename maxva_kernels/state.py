@@ -5,7 +5,9 @@ It has one of two forms: float32 tensors (float64 for float64 parameters), or co
 
 from __future__ import annotations
 
+import operator
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -104,7 +106,7 @@ class Forms:
         params = group["params"]
         if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
             n = len(params)
-            return KnownForms([], [], {None: range(n)}, [rounding.NEAREST] * n, set())
+            return KnownForms([], [], {None: range(n)}, [rounding.NEAREST] * n, {})
         sharded = holds_dtensor(params)
         options = [start, len(params), sharded, *(group[name] for name in _FORM_KEYS)]
         known = self._known.get(index)
@@ -120,7 +122,7 @@ class Forms:
                     rows.append(rounding.row(group, p, start + i, word is not None))
             read = _FORM_FACTS if sharded else _PLAIN_FORM_FACTS
             facts = [(fact, list(map(fact, params))) for fact in read]
-            known = self._known[index] = KnownForms(options, facts, places, rows, set())
+            known = self._known[index] = KnownForms(options, facts, places, rows, {})
         return known
 
 
@@ -143,15 +145,14 @@ class KnownForms(NamedTuple):
         facts: from _FORM_FACTS, each with its value for every parameter.
         places: by word_dtype the indices of parameters in the group.
         rows: per parameter its row of rounding.FIELDS, which a DTensor without a gradient has not.
-        fitting: ids of compact states that have been found to have their parameters' form. An id
-            that another tensor has got by now does no harm: the operators check what they write.
+        fitting: by id of a parameter the compact state that has been found to have its form.
     """
 
     options: list[Any]
     facts: list[tuple[Callable[[Tensor], Any], list[Any]]]
     places: Mapping[torch.dtype | None, Sequence[int]]
     rows: list[tuple[int, ...]]
-    fitting: set[int]
+    fitting: dict[int, Callable[[], Tensor | None]]
 
     def fits(self, options: list[Any], params: list[Tensor]) -> bool:
         return self.options == options and all(
@@ -184,13 +185,18 @@ def are_complete(
     if not amsgrad and True in [PACKED_MAXIMUM in state for state in states]:
         return False
     packed = [state[PACKED] for state in states]
-    ids = list(map(id, packed))
-    if forms.fitting.issuperset(ids):
+    known = map(forms.fitting.get, map(id, params), repeat(_none))
+    if all(map(operator.is_, [one() for one in known], packed)):
         return True
     if not _have_form(params, packed, compact):
         return False
-    forms.fitting.update(ids)
+    # weakly, as a state that is replaced is not to be kept
+    forms.fitting.update(zip(map(id, params), map(weakref.ref, packed), strict=True))
     return True
+
+
+def _none() -> None:
+    return None
 
 
 def state_fields(compact: torch.dtype | None, amsgrad: bool, has_master: bool) -> list[str]:

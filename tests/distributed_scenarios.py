@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maxva_kernels import FusedLaMAdam, FusedMAdam, LaMAdam, MAdam
 from maxva_kernels.sharding import Sharding, linear_index
+from maxva_kernels.state import word_dtype
 
 WORLDS = (2, 4, 1, 3)
 _SCENARIOS: dict[int, dict[str, Callable[[Path], None]]] = {world: {} for world in WORLDS}
@@ -429,6 +431,18 @@ def placements_must_fit(directory: Path) -> None:
     after = opt.state_dict()["state"][0]
     assert all(same_bits(local_of(before[key]), local_of(after[key])) for key in before)
 
+    # on rank 0 the parts agree
+    fits, longer = (
+        distribute_tensor(torch.ones(3 * world() - rows, 2), mesh, [Shard(0)]) for rows in (1, 0)
+    )
+    odd = Parameter(fits)
+    odd.data = longer  # for as long as torch compares the gradient with it
+    odd.grad = longer.clone()
+    odd.data = fits
+    with raises(ValueError, "'odd'", str(tuple(fits.shape)), str(tuple(longer.shape))):
+        FusedMAdam([("odd", odd)]).step()
+    assert same_bits(odd.detach().to_local(), torch.ones_like(fits.to_local()))
+
     partial = Parameter(DTensor.from_local(g, mesh, [Partial()], run_check=False))
     partial.grad = torch.ones_like(partial)
     with raises(ValueError, "'odd'", "Partial"):
@@ -513,6 +527,36 @@ def a_plain_parameter_in_the_place_of_a_dtensor_is_numbered_as_a_whole(directory
     opt.step()
     truth.step()
     assert same_bits(opt.state[p], truth.state[q])
+
+
+@scenario(2)
+def forms_of_dtensors_are_found_once_per_division(directory: Path) -> None:
+    full = torch.linspace(-1, 1, 4 * 1024).view(4, 1024)
+    options = {"state_dtype": "int8", "fp32_state_below": 0}
+    asked: list[Any] = []
+
+    def counted(p: Tensor, group: dict[str, Any]) -> Any:
+        asked.append(p)
+        return word_dtype(p, group)
+
+    with mock.patch("maxva_kernels.state.word_dtype", counted):
+        opt = FusedMAdam([Parameter(full.clone())], **options)
+        # the same shape, strides and dtype, but random words of other elements
+        for place in (Shard(0), Shard(1)):
+            sharded = Parameter(distribute_tensor(full, mesh_of(2), [place]))
+            twin = Parameter(full.clone())
+            opt.param_groups[0]["params"][0] = sharded
+            truth = FusedMAdam([twin], **options)
+            asked.clear()
+            for t in range(3):
+                twin.grad = torch.cos((100 + t) * full)
+                sharded.grad = distribute_tensor(twin.grad, mesh_of(2), [place])
+                opt.step()
+                truth.step()
+            assert len([p for p in asked if p is sharded]) == 1
+            for key in ("maxva_packed", "maxva_scale"):
+                found, expected = opt.state[sharded][key], truth.state[twin][key]
+                assert same_bits(whole(found), expected), key
 
 
 @scenario(2, 4)

@@ -622,6 +622,27 @@ def test_forms_are_found_once(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_exchanged_for_one_of_another_form_is_converted(
+    kind: str, backend: str
+) -> None:
+    """Again and again: a new tensor may have the id of one that is gone."""
+    p = Parameter(torch.ones(4, 256))
+    opt, other = (
+        FusedMAdam([p], state_dtype=each, fp32_state_below=0, backend=backend)
+        for each in (kind, next(one for one in KINDS if one != kind))
+    )
+    for one in (opt, other):
+        train(one, range(2))
+    words = opt.state[p]["maxva_packed"].dtype
+    states = [dict(one.state[p]) for one in (opt, other)]
+    for t in range(40):
+        opt.state[p] = {key: value.clone() for key, value in states[t % 2].items()}
+        train(opt, range(2, 4))
+        assert opt.state[p]["maxva_packed"].dtype == words
+        assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_amsgrad_switched_off_forgets_its_maxima(kind: str, backend: str) -> None:
     p = Parameter(torch.ones(40, 200))
     opt = FusedMAdam([p], amsgrad=True, state_dtype=kind, backend=backend)

@@ -96,7 +96,7 @@ def compiled_isas() -> list[str]:
         return ["baseline"]
     flags = set(re.search(r"^flags\s*:(.*)$", info.read_text(), re.M).group(1).split())
     isas = ["baseline"]
-    if {"avx2", "fma"} <= flags:
+    if {"avx2", "fma", "f16c"} <= flags:
         isas.append("avx2")
         if {"avx512f", "avx512vl", "avx512dq", "avx512bw"} <= flags:
             isas.append("avx512")
@@ -689,7 +689,7 @@ def test_expanded_parameter_is_refused(kernel: str) -> None:
     assert not opt.state[p]
 
 
-@pytest.mark.parametrize("which", ["parameter", "state"])
+@pytest.mark.parametrize("which", ["parameter", "state", "gradient"])
 @pytest.mark.parametrize("later", [False, True], ids=["first_batch", "later_batch"])
 def test_nothing_moves_where_a_written_tensor_is_expanded(
     which: str, later: bool, backend: str
@@ -704,10 +704,14 @@ def test_nothing_moves_where_a_written_tensor_is_expanded(
     if which == "state":
         opt.step()
         opt.state[bad]["exp_avg"] = torch.zeros(1, 3).expand(shape)
+    if which == "gradient":  # which is written where it is unscaled
+        bad.grad = torch.ones(1, 3).expand(shape)
+        opt.grad_scale = torch.tensor(2.0)
     before = snapshot(opt)
-    with pytest.raises(ValueError, match="share memory"):
+    with pytest.raises(ValueError, match="is expanded" if which == "gradient" else "share memory"):
         opt.step()
     assert same_bits(before, snapshot(opt))
+    assert torch.equal(usual.grad, torch.ones(shape))
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)

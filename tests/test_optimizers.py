@@ -232,9 +232,9 @@ def test_sparse_gradient_names_the_parameter(options: Any, backend: str) -> None
 @pytest.mark.parametrize("stepped", [False, True], ids=["first_step", "later_step"])
 @pytest.mark.parametrize("kind", ["gradient", "state"])
 def test_tensor_of_another_shape_leaves_everything_as_it_was(
-    kind: str, stepped: bool, kernel: str
+    kind: str, stepped: bool, backend: str
 ) -> None:
-    opt, (_p, q) = two_groups(kernel)
+    opt, (_p, q) = two_groups(backend)
     if stepped or kind == "state":
         opt.step()
     if kind == "gradient":
@@ -760,6 +760,19 @@ def test_initialising_step_of_distributed_checkpoint(
             opt.step()
         ends.append(snapshot(opt))
     assert same_bits(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "shape"])
+def test_initialising_step_refuses_a_gradient_that_does_not_fit(kind: str, backend: str) -> None:
+    p, q = Parameter(torch.ones(2)), Parameter(torch.ones(4, 3))
+    opt = FusedMAdam([p, q], lr=0.0, backend=backend)
+    p.grad = torch.zeros(2)
+    q.grad = torch.zeros(4, 3).to_sparse() if kind == "sparse" else torch.zeros(4, 3)
+    if kind == "shape":
+        q.data = torch.ones(5, 3)
+    with pytest.raises((ValueError, RuntimeError), match="parameter 1 of its group"):
+        opt.step()
+    assert not opt.state
 
 
 def test_checkpoint_of_a_fresh_optimizer(backend: str) -> None:
