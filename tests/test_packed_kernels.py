@@ -397,6 +397,17 @@ def test_bad_input_changes_nothing(change: str, state_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_eager_refuses_scales_that_do_not_belong_to_the_words(state_dtype: str) -> None:
+    batch = make_batch([(2, 128), (3, 200)], state_dtype, "madam")
+    blocks = [torch.zeros(2, 1, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)]
+    batch.scale = [] if state_dtype == "int8" else blocks
+    before = copied(batch)
+    with pytest.raises(ValueError, match=r"maxva_packed is torch.int.*, maxva_scale"):
+        take_step(EagerBackend(), batch, "madam")
+    assert same_batches(batch, before)
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_schema_and_versions(state_dtype: str) -> None:
     batch = make_batch([(2, 128), (3, 200)], state_dtype, "madam", amsgrad=True)
     written = [*batch.theta, *batch.packed, *batch.scale, *batch.maximum, *batch.step]
