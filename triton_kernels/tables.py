@@ -4,8 +4,8 @@ Note [Stale tables]
 A table is found by comparing everything it was built from with what is there now: address, layout
 and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. Where all
 are contiguous, a layout is the number of elements, which takes half the time to ask for; else it is
-sizes and strides. Packed states also depend on the sizes, as rows do. Rows of rounding are the same
-in every step.
+sizes and strides. Packed states also depend on their parameters' sizes, as rows do. Rows of
+rounding are the same in every step.
 What may differ in every step without such a move (the gradients' addresses, learning rates and
 hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
 
@@ -73,9 +73,8 @@ def signature(lists: TensorLists) -> list[Any]:
     for tensors in walked:
         found.append(addresses(tensors))
         found.append(list(map(_dtype, tensors)))
-        found.append(list(map(_numel, tensors)))
-        if not contiguous or lists.is_packed:
-            found.append(list(map(_size, tensors)))
+        has_rows = lists.is_packed and tensors is lists.theta
+        found.append(list(map(_size if has_rows or not contiguous else _numel, tensors)))
         if not contiguous:
             found.append(list(map(_stride, tensors)))
     for tensors in (lists.step, lists.group_step):
