@@ -33,7 +33,7 @@ class OperatorBackend:
         self._operators = operators
 
     def check(self, batch: Batch, algorithm: str, grad_scale: Tensor | None) -> None:
-        self._update(batch, algorithm, Phase.WHOLE, None, grad_scale, None, check_only=True)
+        self.update(batch, algorithm, Phase.WHOLE, None, grad_scale, None, check_only=True)
 
     def update(
         self,
@@ -43,18 +43,7 @@ class OperatorBackend:
         control: Tensor | None,
         grad_scale: Tensor | None,
         norms: Tensor | None,
-    ) -> None:
-        self._update(batch, algorithm, phase, control, grad_scale, norms, check_only=False)
-
-    def _update(
-        self,
-        batch: Batch,
-        algorithm: str,
-        phase: Phase,
-        control: Tensor | None,
-        grad_scale: Tensor | None,
-        norms: Tensor | None,
-        check_only: bool,
+        check_only: bool = False,
     ) -> None:
         b = batch
         if b.packed:
