@@ -15,10 +15,10 @@ namespace maxva {
 // compact states m to vmax, without them packed (int32 or int64), scale (of int32 only: int32
 // [size(0), blocks of a row]) and maximum.
 struct TensorLists {
-  std::vector<at::Tensor> theta, g, m, u, v, w, vmax, master;
-  std::vector<at::Tensor> packed, scale, maximum;
-  std::vector<at::Tensor> step;        // 0-dim float32: updates so far
-  std::vector<at::Tensor> group_step;  // int32 [1]: counters of groups, each counted up by one
+  at::TensorList theta, g, m, u, v, w, vmax, master;
+  at::TensorList packed, scale, maximum;
+  at::TensorList step;        // 0-dim float32: updates so far
+  at::TensorList group_step;  // int32 [1]: counters of groups, each counted up by one
 };
 
 struct UpdateArgs {
@@ -51,8 +51,8 @@ void update_cpu(const UpdateArgs& args);
 void update_cuda(const UpdateArgs& args);
 
 // float64 [1]: the sum of squares of all elements, inf or NaN where one of them is.
-at::Tensor sum_of_squares_cpu(const std::vector<at::Tensor>& g);
-at::Tensor sum_of_squares_cuda(const std::vector<at::Tensor>& g);
+at::Tensor sum_of_squares_cpu(at::TensorList g);
+at::Tensor sum_of_squares_cuda(at::TensorList g);
 
 struct ControlArgs {
   at::Tensor control;                               // float64 [kControlFields], written

@@ -2,14 +2,15 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/util/irange.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <array>
+#include <deque>
 #include <limits>
 
 #include "backend.h"
+#include "python_call.h"
 
 namespace maxva {
 
@@ -48,15 +49,19 @@ void check_like_parameter(const Tensor& tensor, const Tensor& theta, const char*
                     tensor.device(), ", its parameter is on ", theta.device());
 }
 
+void check_one_element(const Tensor& tensor, const char* name, std::optional<at::ScalarType> dtype,
+                       const at::Device& device) {
+  TORCH_CHECK_VALUE(tensor.numel() == 1, "maxva: ", name, " must have one element, has ",
+                    tensor.numel());
+  TORCH_CHECK_TYPE(!dtype || tensor.scalar_type() == *dtype, "maxva: ", name, " must be ", *dtype,
+                   ", is ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == device, "maxva: ", name, " is on ", tensor.device(),
+                    ", the parameters are on ", device);
+}
+
 void check_one_element(const std::optional<Tensor>& tensor, const char* name,
                        std::optional<at::ScalarType> dtype, const at::Device& device) {
-  if (!tensor) return;
-  TORCH_CHECK_VALUE(tensor->numel() == 1, "maxva: ", name, " must have one element, has ",
-                    tensor->numel());
-  TORCH_CHECK_TYPE(!dtype || tensor->scalar_type() == *dtype, "maxva: ", name, " must be ", *dtype,
-                   ", is ", tensor->scalar_type());
-  TORCH_CHECK_VALUE(tensor->device() == device, "maxva: ", name, " is on ", tensor->device(),
-                    ", the parameters are on ", device);
+  if (tensor) check_one_element(*tensor, name, dtype, device);
 }
 
 void check_writable(const Tensor& tensor, const char* list, size_t i) {
@@ -76,31 +81,44 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 // Note [Layouts]
 // A kernel walks memory, so every list must be dense and laid out as its parameter is. A tensor
 // that is not (a gradient with other strides, an expanded one, a slice with gaps) goes through a
-// temporary that is; what is written is copied back into the tensor the caller holds.
+// temporary that is; what is written is copied back into the tensor the caller holds. A list in
+// which all fit, as they do in nearly every step, is used as it is.
 class LayoutFitter {
  public:
-  Tensor parameter(const Tensor& theta) {
-    if (theta.is_non_overlapping_and_dense()) return theta;
-    return copied_back(theta, theta.contiguous());
+  TensorList dense(TensorList tensors, bool written) {
+    return fitted(tensors, written, [](size_t, const Tensor& tensor) {
+      return tensor.is_non_overlapping_and_dense() ? Tensor() : tensor.contiguous();
+    });
   }
 
-  Tensor like(const Tensor& theta, const Tensor& tensor, bool written) {
-    if (same_layout(theta, tensor)) return tensor;
-    Tensor fitted = at::empty_strided(theta.sizes(), theta.strides(), tensor.options());
-    fitted.copy_(tensor);
-    return written ? copied_back(tensor, std::move(fitted)) : fitted;
+  TensorList like(TensorList theta, TensorList tensors, bool written) {
+    return fitted(tensors, written, [&](size_t i, const Tensor& tensor) {
+      if (same_layout(theta[i], tensor)) return Tensor();
+      return at::empty_strided(theta[i].sizes(), theta[i].strides(), tensor.options())
+          .copy_(tensor);
+    });
   }
 
   void copy_back() const {
-    for (const auto& [original, fitted] : copies_) original.copy_(fitted);
+    for (const auto& [original, temporary] : copies_) original.copy_(temporary);
   }
 
  private:
-  Tensor copied_back(const Tensor& original, Tensor fitted) {
-    copies_.emplace_back(original, fitted);
-    return fitted;
+  // `temporary` gives none (undefined) for a tensor that fits.
+  template <typename F>
+  TensorList fitted(TensorList tensors, bool written, const F& temporary) {
+    std::vector<Tensor>* list = nullptr;
+    for (const auto i : c10::irange(tensors.size())) {
+      Tensor fits = temporary(i, tensors[i]);
+      if (!fits.defined()) continue;
+      if (written) copies_.emplace_back(tensors[i], fits);
+      if (list == nullptr) list = &lists_.emplace_back(tensors.vec());
+      (*list)[i] = std::move(fits);
+    }
+    return list == nullptr ? tensors : TensorList(*list);
   }
 
+  std::deque<std::vector<Tensor>> lists_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
 };
 
@@ -132,7 +150,7 @@ struct Common {
 struct List {
   const char* name;
   TensorList tensors;
-  std::vector<Tensor> TensorLists::* member;
+  TensorList TensorLists::* member;
   bool optional;
   std::optional<at::ScalarType> dtype;  // else that of the parameter's arithmetic
 };
@@ -144,7 +162,7 @@ UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
   const size_t n = theta.size();
   const at::Device device = theta[0].device();
   UpdateArgs args;
-  args.lists.theta = theta.vec();  // run_update fits them
+  args.lists.theta = theta;  // run_update fits them
   args.algorithm = algorithm_of(algorithm);
   TORCH_CHECK_VALUE(phase >= 0 && phase <= 2, "maxva: phase must be 0, 1 or 2, is ", phase);
   args.phase = static_cast<Phase>(phase);
@@ -239,16 +257,13 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
 void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args) {
   // Only now: a temporary is the first thing that costs, and copies must be in order.
   LayoutFitter fitter;
-  for (const auto i : c10::irange(common.theta.size())) {
-    const Tensor& fitted = args.lists.theta[i] = fitter.parameter(common.theta[i]);
-    args.lists.g.push_back(fitter.like(fitted, common.g[i], common.grad_scale.has_value()));
-    for (const List& list : lists) {
-      if (list.tensors.empty()) continue;
-      (args.lists.*list.member).push_back(fitter.like(fitted, list.tensors[i], true));
-    }
+  args.lists.theta = fitter.dense(common.theta, true);
+  args.lists.g = fitter.like(args.lists.theta, common.g, common.grad_scale.has_value());
+  for (const List& list : lists) {
+    args.lists.*list.member = fitter.like(args.lists.theta, list.tensors, true);
   }
-  args.lists.step = common.step.vec();
-  args.lists.group_step = common.group_step.vec();
+  args.lists.step = common.step;
+  args.lists.group_step = common.group_step;
   if (common.theta[0].device().is_cpu()) {
     update_cpu(args);
   } else {
@@ -348,29 +363,24 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
                       scale_of.scalar_type(), " ", scale_of.sizes(), " on ", scale_of.device());
   }
   if (check_only) return;
-  args.lists.scale = scale.vec();
+  args.lists.scale = scale;
   run_update(common, lists, args);
   bump_versions(scale);
 }
 
-std::vector<Tensor> dense(TensorList g) {
-  std::vector<Tensor> result;
-  result.reserve(g.size());
+Tensor sum_of_squares(TensorList g) {
+  TORCH_CHECK_VALUE(!g.empty(), "maxva: sum_of_squares needs at least one tensor");
   for (const auto i : c10::irange(g.size())) {
     check_dtype(g[i], "gradient", i);
     TORCH_CHECK_VALUE(g[i].device() == g[0].device(), "maxva: gradient ", i, " is on ",
                       g[i].device(), ", gradient 0 is on ", g[0].device());
-    result.push_back(g[i].is_non_overlapping_and_dense() ? g[i] : g[i].contiguous());
   }
-  return result;
-}
-
-Tensor sum_of_squares(TensorList g) {
-  TORCH_CHECK_VALUE(!g.empty(), "maxva: sum_of_squares needs at least one tensor");
+  LayoutFitter fitter;
+  const TensorList dense = fitter.dense(g, false);
 #if defined(MAXVA_WITH_CUDA)
-  if (g[0].is_cuda()) return sum_of_squares_cuda(dense(g));
+  if (g[0].is_cuda()) return sum_of_squares_cuda(dense);
 #endif
-  return sum_of_squares_cpu(dense(g));
+  return sum_of_squares_cpu(dense);
 }
 
 void write_control_(const Tensor& control, const std::optional<Tensor>& sum_of_squares,
@@ -389,6 +399,38 @@ void write_control_(const Tensor& control, const std::optional<Tensor>& sum_of_s
   if (device.is_cuda()) return write_control_cuda(args);
 #endif
   write_control_cpu(args);
+}
+
+// For layouts.py: device, dtype, layout, sizes and strides of tensors, and their addresses, as words
+// to be compared.
+pybind11::bytes facts_of(const BorrowedTensors& tensors, bool addresses) {
+  std::vector<int64_t> words;
+  const auto append = [&](at::IntArrayRef more) {
+    words.insert(words.end(), more.begin(), more.end());
+  };
+  for (const Tensor& tensor : tensors.list()) {
+    const at::Device device = tensor.device();
+    append({int64_t(device.type()), device.index(), int64_t(tensor.scalar_type()),
+            int64_t(tensor.layout()), tensor.dim()});
+    append(tensor.sizes());
+    append(tensor.strides());
+    if (addresses) words.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
+  }
+  return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
+}
+
+// For layouts.py: whether tensors have this dtype, and shape and layout of those of `like`.
+bool fit(const BorrowedTensors& tensors, const BorrowedTensors& like, at::ScalarType dtype) {
+  const TensorList list = tensors.list(), like_list = like.list();
+  if (list.size() != like_list.size()) return false;
+  for (const auto i : c10::irange(list.size())) {
+    const Tensor &tensor = list[i], &other = like_list[i];
+    if (tensor.scalar_type() != dtype || tensor.sizes() != other.sizes() ||
+        !same_layout(tensor, other)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
@@ -426,7 +468,7 @@ TORCH_LIBRARY_IMPL(maxva, CUDA, m){MAXVA_IMPLEMENT(m)}
 #endif
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What this extension was built with; the operators are torch.ops.maxva.";
+  m.doc() = "The operators of torch.ops.maxva, what layouts.py asks, and what this was built with.";
   m.attr("TORCH_VERSION") = TORCH_VERSION;
   m.attr("HYPER_FIELDS") = maxva::kHyperFields;
   m.attr("CONTROL_FIELDS") = static_cast<int>(maxva::kControlFields);
@@ -438,6 +480,12 @@ PYBIND11_MODULE(_C, m) {
 #else
       false;
 #endif
+  maxva::define_call(m, "update_", &maxva::update_);
+  maxva::define_call(m, "update_packed_", &maxva::update_packed_);
+  maxva::define_call(m, "sum_of_squares", &maxva::sum_of_squares);
+  maxva::define_call(m, "write_control_", &maxva::write_control_);
+  m.def("facts_of", torch::wrap_pybind_function(&maxva::facts_of));
+  m.def("fit", torch::wrap_pybind_function(&maxva::fit));
   m.def(
       "cpu_isa", [] { return std::string(maxva::cpu_kernels().isa); },
       "The instruction set of the CPU kernels in use; MAXVA_CPU_ISA chooses another.");

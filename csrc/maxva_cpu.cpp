@@ -17,7 +17,7 @@ constexpr int64_t kChunkSize = 32768;
 // 256 blocks, each as kStateBlock elements: rows of compact states end with a whole one.
 static_assert(kChunkSize % kStateBlock == 0);
 
-std::vector<int64_t> numels_of(const std::vector<at::Tensor>& tensors) {
+std::vector<int64_t> numels_of(at::TensorList tensors) {
   std::vector<int64_t> numels;
   numels.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) numels.push_back(tensor.numel());
@@ -191,7 +191,7 @@ void update_cpu(const UpdateArgs& args) {
   for (const at::Tensor& step : lists.step) *step.mutable_data_ptr<float>() += 1;
 }
 
-at::Tensor sum_of_squares_cpu(const std::vector<at::Tensor>& g) {
+at::Tensor sum_of_squares_cpu(at::TensorList g) {
   const CpuKernels& kernels = cpu_kernels();
   const ChunkPlan plan(numels_of(g), kChunkSize);
   std::vector<double> partial(plan.num_chunks());

@@ -118,7 +118,7 @@ gpu::TypedAddress scalar_address(const std::optional<at::Tensor>& scalar,
   }
 }
 
-void* data_of(const std::vector<at::Tensor>& list, size_t i) {
+void* data_of(at::TensorList list, size_t i) {
   return list.empty() ? nullptr : list[i].mutable_data_ptr();
 }
 
@@ -163,7 +163,7 @@ void check_size(const Plan& plan) {
                     " chunks in one list, at most ", kMaxBlocks, " are supported");
 }
 
-std::vector<gpu::TypedAddress> typed_addresses(const std::vector<at::Tensor>& g) {
+std::vector<gpu::TypedAddress> typed_addresses(at::TensorList g) {
   std::vector<gpu::TypedAddress> addresses;
   addresses.reserve(g.size());
   for (const at::Tensor& tensor : g) addresses.push_back(typed_address(tensor));
@@ -212,7 +212,7 @@ void update_cuda(const UpdateArgs& args) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor sum_of_squares_cuda(const std::vector<at::Tensor>& g) {
+at::Tensor sum_of_squares_cuda(at::TensorList g) {
   const at::Device device = g[0].device();
   const c10::cuda::CUDAGuard guard(device);
   const CUDAStream stream = c10::cuda::getCurrentCUDAStream();

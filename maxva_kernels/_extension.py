@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 WITH_CUDA = False
+#: The module with the operators of torch.ops.maxva, called at less cost per tensor.
+operators: Any = None
 _reason: str | None = None
 
 
@@ -40,7 +42,7 @@ def _wrong_torch(built_for: str, built_with_cuda: str | None) -> str | None:
 
 
 def _load() -> None:
-    global WITH_CUDA, _reason
+    global WITH_CUDA, operators, _reason
     try:
         from maxva_kernels import _build_info
     except ImportError:
@@ -57,11 +59,11 @@ def _load() -> None:
         )
         return
     try:
-        extension = importlib.import_module("maxva_kernels._C")
+        operators = importlib.import_module("maxva_kernels._C")
     except ImportError as error:
         _reason = f"the extension does not load: {error}"
         return
-    WITH_CUDA = extension.WITH_CUDA
+    WITH_CUDA = operators.WITH_CUDA
     _register_fakes()
 
 

@@ -25,8 +25,8 @@ class OperatorBackend:
     """`Backend` over a namespace with the operators of csrc/bindings.cpp.
 
     Args:
-        operators: torch.ops.maxva, where torch's dispatcher picks CPU or CUDA by the tensors, or
-            the package triton_kernels.
+        operators: the extension, where torch's dispatcher picks CPU or CUDA by the tensors (or
+            torch.ops.maxva, which is the same), or the package triton_kernels.
     """
 
     def __init__(self, operators: Any) -> None:
@@ -107,7 +107,7 @@ def _no_cuda() -> str | None:
 
 
 def _extension_backend() -> Backend:
-    return OperatorBackend(torch.ops.maxva)
+    return OperatorBackend(_extension.operators)
 
 
 def _import_triton_kernels() -> Any:

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maxva_kernels.compact import MAXIMUM_DTYPE, num_blocks, same_layout
+from maxva_kernels.compact import MAXIMUM_DTYPE, num_blocks
+from maxva_kernels.layouts import same_layout
 
 
 class Phase(enum.IntEnum):

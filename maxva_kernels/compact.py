@@ -13,12 +13,13 @@ standard deviation sd = sqrt(var), and the root of vmax.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from maxva_kernels.layouts import same_layout
 
 #: Elements, consecutive in memory inside a row of dimension 0, that share their block scales.
 BLOCK = 128
@@ -327,34 +328,6 @@ def rows_are_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
             return False
         expected *= size
     return shape[0] == 1 or stride[0] * shape[0] == expected
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same places."""
-    if a.stride() == b.stride():
-        return True
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(x == y for size, x, y in strides if size > 1)
-
-
-#: What a step asks many tensors for, by `map`.
-SHAPE: Callable[[Tensor], Any]
-STRIDE: Callable[[Tensor], Any]
-DTYPE: Callable[[Tensor], Any]
-SHAPE, STRIDE, DTYPE = operator.attrgetter("shape"), Tensor.stride, operator.attrgetter("dtype")
-
-
-def agree(first: Iterable[Any], second: Iterable[Any]) -> bool:
-    """Whether both elements of every pair are equal.
-
-    With `map` over tensors: lists of shapes instead would keep the garbage collector busy.
-    """
-    return all(map(operator.eq, first, second))
-
-
-def same_layouts(first: list[Tensor], second: list[Tensor]) -> bool:
-    """`same_layout` of every pair."""
-    return agree(map(STRIDE, first), map(STRIDE, second)) or all(map(same_layout, first, second))
 
 
 def _in_rows(x: Tensor) -> Tensor:

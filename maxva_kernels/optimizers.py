@@ -37,7 +37,6 @@ from maxva_kernels.sharding import NormGroup, Sharding
 from maxva_kernels.state import (
     FP32_STATE_BELOW,
     Forms,
-    KnownForms,
     Shield,
     are_complete,
     completed,
@@ -474,7 +473,7 @@ class MaxVA(Optimizer):
                 self._begin_group(batch, k, row)
                 batch.group_sizes[-1] = len(places)
                 chosen = [params[i] for i in places]
-                states = self._states(chosen, forms, compact, amsgrad, has_master, replaced)
+                states = self._states(chosen, compact, amsgrad, has_master, replaced)
                 batch.theta += chosen
                 batch.g += [gradients[i] for i in places]
                 batch.step += map(itemgetter("step"), states)
@@ -483,7 +482,7 @@ class MaxVA(Optimizer):
                 if collects:
                     batch.parameters += [start + i for i in places]
                 if rounds or compact is not None:
-                    batch.rounding += itertools.chain.from_iterable(forms.rows[i] for i in places)
+                    batch.rounding += forms.rounding(compact, places)
         for batch in batches.values():
             if batch.device.type != "cpu" and any(step.is_cpu for step in batch.step):
                 self._place_steps(batch)
@@ -492,14 +491,13 @@ class MaxVA(Optimizer):
     def _states(
         self,
         params: list[Tensor],
-        forms: KnownForms,
         compact: torch.dtype | None,
         amsgrad: bool,
         has_master: bool,
         replaced: list[tuple[Tensor, dict[str, Any]]],
     ) -> list[dict[str, Any]]:
         """The states of parameters of one kind; completed, with the old ones in `replaced`."""
-        kind = forms, compact, amsgrad, has_master
+        kind = compact, amsgrad, has_master
         states = list(map(self.state.get, params, itertools.repeat({})))
         if are_complete(params, states, *kind):
             return states

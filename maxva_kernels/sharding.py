@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from maxva_kernels.batch import STATE_KEYS, Batch, Statistic
-from maxva_kernels.compact import BLOCK, SHAPE, agree, num_blocks, rows_are_dense
+from maxva_kernels.compact import BLOCK, num_blocks, rows_are_dense
 from maxva_kernels.hyper import describe
+from maxva_kernels.layouts import SHAPE, agree
 
 #: Fields of a Batch that are divided as their parameter is, with the names users know.
 _LIKE_PARAMETER = {"g": "gradient", **STATE_KEYS}

@@ -5,11 +5,9 @@ It has one of two forms: float32 tensors (float64 for float64 parameters), or co
 
 from __future__ import annotations
 
-import operator
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,24 +16,19 @@ from torch.optim import Optimizer
 
 from maxva_kernels import rounding
 from maxva_kernels.compact import (
-    DTYPE,
     MAXIMUM_DTYPE,
-    SHAPE,
-    STRIDE,
     WORD_DTYPE,
     Moments,
     Packed,
-    agree,
     holds_nonfinite,
     num_blocks,
     pack,
     rows_are_dense,
-    same_layout,
-    same_layouts,
     unpack,
     used_exponents,
 )
 from maxva_kernels.hyper import describe
+from maxva_kernels.layouts import facts_of, fit, same_layout
 from maxva_kernels.sharding import (
     check_placement,
     division,
@@ -106,11 +99,13 @@ class Forms:
         params = group["params"]
         if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
             n = len(params)
-            return KnownForms([], [], {None: range(n)}, [rounding.NEAREST] * n, {})
+            return KnownForms([], {None: range(n)}, [rounding.NEAREST] * n, {})
+        found_from = [start, *(group[name] for name in _FORM_KEYS), facts_of(params)]
         sharded = holds_dtensor(params)
-        options = [start, len(params), sharded, *(group[name] for name in _FORM_KEYS)]
+        if sharded:
+            found_from += [(division(p), p.grad is None) for p in params]
         known = self._known.get(index)
-        if known is None or not known.fits(options, params):
+        if known is None or known.found_from != found_from:
             places: dict[torch.dtype | None, list[int]] = {}
             rows: list[tuple[int, ...]] = []
             for i, p in enumerate(params):
@@ -120,58 +115,50 @@ class Forms:
                     rows.append(rounding.NEAREST)
                 else:
                     rows.append(rounding.row(group, p, start + i, word is not None))
-            read = _FORM_FACTS if sharded else _PLAIN_FORM_FACTS
-            facts = [(fact, list(map(fact, params))) for fact in read]
-            known = self._known[index] = KnownForms(options, facts, places, rows, {})
+            flat = {word: _flat(rows, of_word) for word, of_word in places.items()}
+            known = self._known[index] = KnownForms(found_from, places, rows, flat)
         return known
 
 
-def _has_gradient(p: Tensor) -> bool:
-    return p.grad is not None
-
-
-#: What word_dtype and rounding.row read of a group, of a parameter, and of a DTensor as well.
+#: What word_dtype and rounding.row read of a group.
 _FORM_KEYS = ("state_dtype", "fp32_state_below", "stochastic_rounding", "rounding_seed")
-_PLAIN_FORM_FACTS = (SHAPE, STRIDE, DTYPE)
-_FORM_FACTS = (*_PLAIN_FORM_FACTS, division, _has_gradient)
 
 
 class KnownForms(NamedTuple):
     """What was found for a group, and from what.
 
     Attributes:
-        options: the values of _FORM_KEYS, and of the parameters place, number, and whether any is a
-            DTensor.
-        facts: from _FORM_FACTS, each with its value for every parameter.
+        found_from: the values of _FORM_KEYS; of the parameters the first one's index, the layouts
+            and, where one is a DTensor, how they are divided and which have no gradient.
         places: by word_dtype the indices of parameters in the group.
         rows: per parameter its row of rounding.FIELDS, which a DTensor without a gradient has not.
-        fitting: by id of a parameter the compact state that has been found to have its form.
+        flat: by word_dtype the rows of its parameters, one after the other.
     """
 
-    options: list[Any]
-    facts: list[tuple[Callable[[Tensor], Any], list[Any]]]
+    found_from: list[Any]
     places: Mapping[torch.dtype | None, Sequence[int]]
     rows: list[tuple[int, ...]]
-    fitting: dict[int, Callable[[], Tensor | None]]
+    flat: Mapping[torch.dtype | None, list[int]]
 
-    def fits(self, options: list[Any], params: list[Tensor]) -> bool:
-        return self.options == options and all(
-            agree(map(fact, params), values) for fact, values in self.facts
-        )
+    def rounding(self, word: torch.dtype | None, places: Sequence[int]) -> list[int]:
+        """The rows of some of the parameters with this word_dtype, one after the other."""
+        if word in self.flat and places is self.places[word]:  # nearly always
+            return self.flat[word]
+        return _flat(self.rows, places)
+
+
+def _flat(rows: list[tuple[int, ...]], places: Sequence[int]) -> list[int]:
+    return list(chain.from_iterable(rows[i] for i in places))
 
 
 def are_complete(
     params: list[Tensor],
     states: list[dict[str, Any]],
-    forms: KnownForms,
     compact: torch.dtype | None,
     amsgrad: bool,
     has_master: bool,
 ) -> bool:
-    """Whether parameters can make a step with these states, in the form `compact` (word_dtype).
-
-    `forms` remembers which ones could.
-    """
+    """Whether parameters can make a step with these states, in the form `compact` (word_dtype)."""
     needed = ["maxva_weight" if compact is None else PACKED]
     if amsgrad:
         needed.append(MAXIMUM if compact is None else PACKED_MAXIMUM)
@@ -184,19 +171,8 @@ def are_complete(
         return True
     if not amsgrad and True in [PACKED_MAXIMUM in state for state in states]:
         return False
-    packed = [state[PACKED] for state in states]
-    known = map(forms.fitting.get, map(id, params), repeat(_none))
-    if all(map(operator.is_, [one() for one in known], packed)):
-        return True
-    if not _have_form(params, packed, compact):
-        return False
-    # weakly, as a state that is replaced is not to be kept
-    forms.fitting.update(zip(map(id, params), map(weakref.ref, packed), strict=True))
-    return True
-
-
-def _none() -> None:
-    return None
+    # layouts, too: blocks are of memory
+    return fit([state[PACKED] for state in states], params, compact)
 
 
 def state_fields(compact: torch.dtype | None, amsgrad: bool, has_master: bool) -> list[str]:
@@ -209,16 +185,8 @@ def state_fields(compact: torch.dtype | None, amsgrad: bool, has_master: bool) -
     return fields + (["master"] if has_master else [])
 
 
-def _have_form(params: list[Tensor], packed: list[Tensor], compact: torch.dtype) -> bool:
-    return (
-        agree(map(DTYPE, packed), repeat(compact))
-        and agree(map(SHAPE, packed), map(SHAPE, params))
-        and same_layouts(packed, params)  # blocks are of memory
-    )
-
-
 def _has_form(p: Tensor, state: dict[str, Any], compact: torch.dtype) -> bool:
-    return PACKED in state and _have_form([p], [state[PACKED]], compact)
+    return PACKED in state and fit([state[PACKED]], [p], compact)
 
 
 def completed(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import maxva_kernels
+from maxva_kernels import layouts
 
 # a shell starts what it puts in the background deaf to Ctrl-C, which some tests send
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +38,16 @@ def kernel(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["madam", "lamadam"])
 def algorithm(request: pytest.FixtureRequest) -> str:
     """Both optimizers, by the names the operators use."""
+    return request.param
+
+
+@pytest.fixture(params=["extension", "python"])
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who answers what a step asks of many tensors (layouts.py)."""
+    if request.param == "python":
+        monkeypatch.setattr(layouts, "native", None)
+    elif layouts.native is None:
+        pytest.skip("there is no extension")
     return request.param
 
 

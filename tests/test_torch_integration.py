@@ -11,8 +11,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.testing._internal.optests import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from maxva_kernels import FusedLaMAdam, FusedMAdam, backends
+from maxva_kernels import FusedLaMAdam, FusedMAdam, _extension, backends
 from maxva_kernels.batch import CONTROL_FIELDS, Statistic
 from maxva_kernels.hyper import ROW
 
@@ -113,6 +114,63 @@ def test_every_operator_has_been_checked():
     registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("maxva::")}
     checked = "update_", "update_packed_", "sum_of_squares", "write_control_"
     assert registered == {f"maxva::{name}" for name in checked}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True}, {"scaled": True}, {"rounded": True}], ids=str
+)
+def test_the_extension_calls_the_operator(options):
+    ours, theirs = update_arguments(**options), update_arguments(**options)
+    ours[0][0].requires_grad_()  # of which nothing is recorded
+    versions = [p._version for p in ours[0]]
+    _extension.operators.update_(*ours, False)
+    torch.ops.maxva.update_(*theirs)
+    for mine, reference in zip(ours[:9], theirs[:9], strict=True):
+        assert len(mine) == len(reference)
+        assert all(map(torch.equal, mine, reference))
+    assert not any(t.grad_fn for tensors in ours[:9] for t in tensors)
+    assert [p._version for p in ours[0]] == [version + 1 for version in versions]
+
+
+def test_the_extension_calls_through_the_dispatcher():
+    seen = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    arguments = update_arguments()
+    with Recorded():
+        _extension.operators.update_(*arguments, False)
+        total = _extension.operators.sum_of_squares(arguments[1])
+    assert seen == ["maxva.update_.default", "maxva.sum_of_squares.default"]
+    assert torch.equal(total, torch.ops.maxva.sum_of_squares(arguments[1]))
+    with torch.profiler.profile() as profile:
+        _extension.operators.sum_of_squares(arguments[1])
+    assert "maxva::sum_of_squares" in [event.name for event in profile.events()]
+
+
+def test_the_extension_refuses_as_the_operator_does():
+    for change, place in ((lambda g: [g[0]], 1), (lambda m: [m[0].half(), m[1]], 2)):
+        arguments = list(update_arguments())
+        arguments[place] = change(arguments[place])
+        raised = []
+        for operators in (_extension.operators, torch.ops.maxva):
+            with pytest.raises((TypeError, ValueError)) as found:
+                operators.update_(*arguments, False)
+            raised.append((type(found.value), str(found.value)))
+        assert raised[0] == raised[1]
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, "theta"])
+def test_the_extension_takes_tensors_alone(wrong):
+    arguments = list(update_arguments())
+    arguments[3] = [arguments[3][0], wrong]
+    with pytest.raises(TypeError, match=f"holds a {type(wrong).__name__} at 1"):
+        _extension.operators.update_(*arguments, False)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _extension.operators.sum_of_squares(iter(arguments[0]))
 
 
 def small_net(seed=0):

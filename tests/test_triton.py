@@ -532,7 +532,7 @@ def add_group(p: Parameter, opt: torch.optim.Optimizer) -> None:
      change_hyper_parameters, drop_gradient, reinterpret, add_group],
 )  # fmt: skip
 @interpreted
-def test_no_stale_table(change: Any) -> None:
+def test_no_stale_table(change: Any, asked: str) -> None:
     """What a step reads is what is there now: the same as a backend that keeps nothing."""
     dtype = torch.bfloat16 if change is reinterpret else torch.float32
     problem = realistic_problem([(6, 6), (6, 6), (9,)], dtype=dtype)
@@ -564,7 +564,7 @@ def test_tables_end_with_their_optimizer() -> None:
 
 
 @interpreted
-def test_equal_steps_copy_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_steps_copy_nothing_anew(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradients and hyper-parameters where they were, no word travels to the device."""
     from maxva_kernels.triton_kernels import tables
 

@@ -2,10 +2,11 @@
 
 Note [Stale tables]
 A table is found by comparing everything it was built from with what is there now: address, layout
-and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. Where all
-are contiguous, a layout is the number of elements, which takes half the time to ask for; else it is
-sizes and strides. Packed states also depend on their parameters' sizes, as rows do. Rows of
-rounding are the same in every step.
+and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. The
+extension tells it of a list of tensors at once. Without one, where all are contiguous, a layout is
+the number of elements, which takes half the time to ask for; else it is sizes and strides. Packed
+states also depend on their parameters' sizes, as rows do. Rows of rounding are the same in every
+step.
 What may differ in every step without such a move (the gradients' addresses, learning rates and
 hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
 
@@ -25,6 +26,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from maxva_kernels import layouts
 
 from . import multi_tensor_apply as mta
 from . import norm, packed_update
@@ -64,12 +67,20 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def signature(lists: TensorLists) -> list[Any]:
     """Everything that a table of the update is built from; see Note [Stale tables]."""
+    found: list[Any] = [list(lists.group_sizes), list(lists.rounding), list(lists.states)]
     walked = (lists.theta, *lists.states.values())
+    counters = (lists.step, lists.group_step)
+    if layouts.native is None:
+        return found + _facts_in_python(lists, walked, counters)
+    facts_of = layouts.native.facts_of
+    return [*found, facts_of(lists.g, False), *(facts_of(t, True) for t in (*walked, *counters))]
+
+
+def _facts_in_python(
+    lists: TensorLists, walked: Sequence[Sequence[Tensor]], counters: Sequence[Sequence[Tensor]]
+) -> list[Any]:
     contiguous = all(all(map(_is_contiguous, tensors)) for tensors in (lists.g, *walked))
-    found: list[Any] = [
-        lists.theta[0].device, list(lists.group_sizes), list(lists.rounding), contiguous,
-        list(lists.states),
-    ]  # fmt: skip
+    found: list[Any] = [lists.theta[0].device, contiguous]
     for tensors in walked:
         found.append(addresses(tensors))
         found.append(list(map(_dtype, tensors)))
@@ -77,7 +88,7 @@ def signature(lists: TensorLists) -> list[Any]:
         found.append(list(map(_size if has_rows or not contiguous else _numel, tensors)))
         if not contiguous:
             found.append(list(map(_stride, tensors)))
-    for tensors in (lists.step, lists.group_step):
+    for tensors in counters:
         found.append(addresses(tensors))
         found.append(list(map(_dtype, tensors)))
         found.append(list(map(_numel, tensors)))
