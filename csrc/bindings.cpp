@@ -401,8 +401,8 @@ void write_control_(const Tensor& control, const std::optional<Tensor>& sum_of_s
   write_control_cpu(args);
 }
 
-// For layouts.py: device, dtype, layout, sizes and strides of tensors, and their addresses, as words
-// to be compared.
+// For layouts.py: device, dtype, layout, sizes and strides of tensors, and their addresses, as
+// words to be compared.
 pybind11::bytes facts_of(const BorrowedTensors& tensors, bool addresses) {
   std::vector<int64_t> words;
   const auto append = [&](at::IntArrayRef more) {
