@@ -15,8 +15,8 @@ namespace maxva {
 
 // Note [Borrowed tensors]
 // The tensors of a Python list or tuple, which keeps them alive during the call, with no reference
-// of their own: since torch 2.13 a tensor's second reference takes one of its Python object, too,
-// and with the thousands of tensors of a step that took longer than all checks of them.
+// of their own: in torch a tensor's second reference takes one of its Python object, too, and with
+// the thousands of tensors of a step that took longer than all checks of them.
 class BorrowedTensors {
  public:
   BorrowedTensors() = default;
