@@ -264,6 +264,12 @@ void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args
   }
   args.lists.step = common.step;
   args.lists.group_step = common.group_step;
+  const TensorLists& l = args.lists;
+  for (const TensorList list :
+       {l.theta, l.g, l.m, l.u, l.v, l.w, l.vmax, l.master, l.packed, l.scale, l.maximum}) {
+    // a copy-on-write tensor gets memory of its own here, as it cannot in a kernel's threads
+    for (const Tensor& tensor : list) tensor.mutable_data_ptr();
+  }
   if (common.theta[0].device().is_cpu()) {
     update_cpu(args);
   } else {
@@ -401,27 +407,27 @@ void write_control_(const Tensor& control, const std::optional<Tensor>& sum_of_s
   write_control_cpu(args);
 }
 
-// For layouts.py: device, dtype, layout, sizes and strides of tensors, and their addresses, as
-// words to be compared.
+// For layouts.py: device, dtype, layout, sizes and strides of tensors, as words to be compared; and
+// the addresses at which they can be written.
 pybind11::bytes facts_of(const BorrowedTensors& tensors, bool addresses) {
   std::vector<int64_t> words;
   const auto append = [&](at::IntArrayRef more) {
     words.insert(words.end(), more.begin(), more.end());
   };
-  for (const Tensor& tensor : tensors.list()) {
+  for (const Tensor& tensor : tensors.list("tensors")) {
     const at::Device device = tensor.device();
     append({int64_t(device.type()), device.index(), int64_t(tensor.scalar_type()),
             int64_t(tensor.layout()), tensor.dim()});
     append(tensor.sizes());
     append(tensor.strides());
-    if (addresses) words.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
+    if (addresses) words.push_back(reinterpret_cast<int64_t>(tensor.mutable_data_ptr()));
   }
   return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
 }
 
 // For layouts.py: whether tensors have this dtype, and shape and layout of those of `like`.
 bool fit(const BorrowedTensors& tensors, const BorrowedTensors& like, at::ScalarType dtype) {
-  const TensorList list = tensors.list(), like_list = like.list();
+  const TensorList list = tensors.list("tensors"), like_list = like.list("like");
   if (list.size() != like_list.size()) return false;
   for (const auto i : c10::irange(list.size())) {
     const Tensor &tensor = list[i], &other = like_list[i];

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 WITH_CUDA = False
-#: The module with the operators of torch.ops.maxva, called at less cost per tensor.
+#: The module with the operators of torch.ops.maxva, without autograd: csrc/python_call.h.
 operators: Any = None
 _reason: str | None = None
 

@@ -26,7 +26,8 @@ class OperatorBackend:
 
     Args:
         operators: the extension, where torch's dispatcher picks CPU or CUDA by the tensors (or
-            torch.ops.maxva, which is the same), or the package triton_kernels.
+            torch.ops.maxva: the same operators, reached through autograd and at more cost per
+            tensor), or the package triton_kernels.
     """
 
     def __init__(self, operators: Any) -> None:

@@ -1,7 +1,7 @@
 """What a step asks of all its tensors: dtypes, shapes, strides, addresses.
 
-The extension answers for a whole list, at some ten nanoseconds a tensor; where it is not there,
-plain Python does, at some hundreds.
+The extension answers for a whole list, at some tens of nanoseconds a tensor; where it is not
+there, plain Python does, at some hundreds or a thousand.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from maxva_kernels import _extension
 
 SHAPE: Callable[[Tensor], Any] = operator.attrgetter("shape")
-DTYPE: Callable[[Tensor], Any] = operator.attrgetter("dtype")
-STRIDE: Callable[[Tensor], Any] = Tensor.stride
+_DTYPE: Callable[[Tensor], Any] = operator.attrgetter("dtype")
+_STRIDE: Callable[[Tensor], Any] = Tensor.stride
 _DEVICE: Callable[[Tensor], Any] = operator.attrgetter("device")
 
 #: The extension, or None where plain Python has to answer.
@@ -29,7 +29,7 @@ def facts_of(tensors: Sequence[Tensor]) -> Any:
     """Device, dtype, shape and strides of strided tensors, to be compared by ==."""
     if native is not None:
         return native.facts_of(tensors, False)
-    return [list(map(fact, tensors)) for fact in (_DEVICE, DTYPE, SHAPE, STRIDE)]
+    return [list(map(fact, tensors)) for fact in (_DEVICE, _DTYPE, SHAPE, _STRIDE)]
 
 
 def fit(tensors: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -38,9 +38,11 @@ def fit(tensors: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtype) -
         fits: bool = native.fit(tensors, like, dtype)
         return fits
     return (
-        agree(map(DTYPE, tensors), repeat(dtype))
+        agree(map(_DTYPE, tensors), repeat(dtype))
         and agree(map(SHAPE, tensors), map(SHAPE, like))
-        and (agree(map(STRIDE, tensors), map(STRIDE, like)) or all(map(same_layout, tensors, like)))
+        and (
+            agree(map(_STRIDE, tensors), map(_STRIDE, like)) or all(map(same_layout, tensors, like))
+        )
     )
 
 

@@ -128,8 +128,8 @@ class KnownForms(NamedTuple):
     """What was found for a group, and from what.
 
     Attributes:
-        found_from: the values of _FORM_KEYS; of the parameters the first one's index, the layouts
-            and, where one is a DTensor, how they are divided and which have no gradient.
+        found_from: the first parameter's index, the values of _FORM_KEYS, facts_of the parameters
+            and, where one is a DTensor, of each how it is divided and whether it has no gradient.
         places: by word_dtype the indices of parameters in the group.
         rows: per parameter its row of rounding.FIELDS, which a DTensor without a gradient has not.
         flat: by word_dtype the rows of its parameters, one after the other.

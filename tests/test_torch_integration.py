@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
+import threading
+from collections import deque
 
 import pytest
 import torch
@@ -128,7 +132,6 @@ def test_the_extension_calls_the_operator(options):
     for mine, reference in zip(ours[:9], theirs[:9], strict=True):
         assert len(mine) == len(reference)
         assert all(map(torch.equal, mine, reference))
-    assert not any(t.grad_fn for tensors in ours[:9] for t in tensors)
     assert [p._version for p in ours[0]] == [version + 1 for version in versions]
 
 
@@ -167,10 +170,54 @@ def test_the_extension_refuses_as_the_operator_does():
 def test_the_extension_takes_tensors_alone(wrong):
     arguments = list(update_arguments())
     arguments[3] = [arguments[3][0], wrong]
-    with pytest.raises(TypeError, match=f"holds a {type(wrong).__name__} at 1"):
+    before = [p.clone() for p in arguments[0]]
+    message = re.escape(f"maxva: u[1] is no tensor but a {type(wrong).__name__}")
+    with pytest.raises(TypeError, match=message):
         _extension.operators.update_(*arguments, False)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        _extension.operators.sum_of_squares(iter(arguments[0]))
+    with pytest.raises(TypeError, match="not iterable"):
+        _extension.operators.sum_of_squares(None)
+    assert all(map(torch.equal, arguments[0], before))
+    g = arguments[1]
+    totals = [_extension.operators.sum_of_squares(kind(g)) for kind in (list, tuple, deque, iter)]
+    assert all(torch.equal(total, totals[0]) for total in totals)
+
+
+def test_the_extension_records_no_gradients():
+    arguments = list(update_arguments())
+    leaf = torch.rand(10, requires_grad=True)
+    theta = leaf.detach()[::2].requires_grad_()  # goes through a temporary
+    for place, tensors in enumerate(arguments[:8]):
+        arguments[place] = [t[:5] for t in tensors]
+    arguments[0] = [theta, arguments[0][1]]
+    before = theta.clone()
+    _extension.operators.update_(*arguments, False)
+    assert not torch.equal(theta, before)
+    assert theta.is_leaf
+    assert not _extension.operators.sum_of_squares([leaf]).requires_grad
+
+
+def test_a_list_may_be_changed_during_the_call():
+    """By another thread, as the GIL is released: the tensors live on."""
+    tensors = [torch.ones(500_000) for _ in range(40)]
+    expected = _extension.operators.sum_of_squares(tensors)
+    called = threading.Event()
+
+    def empty():
+        called.wait()
+        tensors.clear()
+
+    thread = threading.Thread(target=empty)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # the thread gets the GIL when the operator releases it, not before
+    try:
+        called.set()
+        total = _extension.operators.sum_of_squares(tensors)
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert not tensors
+    assert torch.equal(total, expected)
 
 
 def small_net(seed=0):

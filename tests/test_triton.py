@@ -520,6 +520,22 @@ def reinterpret(p: Parameter, opt: torch.optim.Optimizer) -> None:
     p.grad_dtype = None
 
 
+def transpose_gradient(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    assert p.grad is not None
+    p.grad = p.grad.t().contiguous().t()
+
+
+def make_gradient_half(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    assert p.grad is not None
+    p.grad_dtype = None
+    p.grad = p.grad.bfloat16()
+
+
+def share_memory_until_written(p: Parameter, opt: torch.optim.Optimizer) -> None:
+    p.copy_of_then = torch._lazy_clone(p.detach())
+    p.values_then = p.detach().clone()
+
+
 def add_group(p: Parameter, opt: torch.optim.Optimizer) -> None:
     q = Parameter(torch.ones(4))
     q.grad = torch.ones(4)
@@ -529,7 +545,8 @@ def add_group(p: Parameter, opt: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize(
     "change",
     [move_data, transpose_in_place, narrow_in_place, replace_state, restart,
-     change_hyper_parameters, drop_gradient, reinterpret, add_group],
+     change_hyper_parameters, drop_gradient, reinterpret, transpose_gradient, make_gradient_half,
+     share_memory_until_written, add_group],
 )  # fmt: skip
 @interpreted
 def test_no_stale_table(change: Any, asked: str) -> None:
@@ -545,6 +562,9 @@ def test_no_stale_table(change: Any, asked: str) -> None:
         for _ in range(2):
             opt.step()
         outcome.append(snapshot(opt))
+        for p in params_of(opt):
+            if hasattr(p, "copy_of_then"):
+                assert torch.equal(p.copy_of_then, p.values_then)
     for ours, theirs in zip(outcome[0]["params"], outcome[1]["params"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
     for ours, theirs in zip(outcome[0]["states"], outcome[1]["states"], strict=True):

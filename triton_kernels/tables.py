@@ -3,10 +3,10 @@
 Note [Stale tables]
 A table is found by comparing everything it was built from with what is there now: address, layout
 and dtype of every parameter and state, sizes, layout, dtype and device of every gradient. The
-extension tells it of a list of tensors at once. Without one, where all are contiguous, a layout is
-the number of elements, which takes half the time to ask for; else it is sizes and strides. Packed
-states also depend on their parameters' sizes, as rows do. Rows of rounding are the same in every
-step.
+extension answers for a whole list of tensors. Without the extension, where all are contiguous, a
+layout is the number of elements, which takes half the time to ask for; else it is sizes and
+strides. Packed states also depend on their parameters' sizes, as rows do. Rows of rounding are the
+same in every step.
 What may differ in every step without such a move (the gradients' addresses, learning rates and
 hyper-parameters) goes into `StepWords`, which is compared and copied as a whole.
 
