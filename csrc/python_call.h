@@ -102,7 +102,7 @@ struct FromPython<c10::string_view> {
   static c10::string_view pass(const std::string& value, const std::string&) { return value; }
 };
 
-// Adds a function to the module that calls the operator maxva::`name`, registered as `kernel`.
+// Adds a function to the module that calls the operator maxva::`name`, of this kernel's signature.
 template <typename R, typename... Args>
 void define_call(pybind11::module_& m, const char* name, R (*)(Args...)) {
   const auto op = c10::Dispatcher::singleton()
