@@ -78,6 +78,10 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// A copy-on-write tensor that will be written gets memory of its own: it cannot in kernels'
+// threads.
+void own_memory(const Tensor& tensor) { tensor.mutable_data_ptr(); }
+
 // Note [Layouts]
 // A kernel walks memory, so every list must be dense and laid out as its parameter is. A tensor
 // that is not (a gradient with other strides, an expanded one, a slice with gaps) goes through a
@@ -110,7 +114,10 @@ class LayoutFitter {
     std::vector<Tensor>* list = nullptr;
     for (const auto i : c10::irange(tensors.size())) {
       Tensor fits = temporary(i, tensors[i]);
-      if (!fits.defined()) continue;
+      if (!fits.defined()) {
+        if (written) own_memory(tensors[i]);
+        continue;
+      }
       if (written) copies_.emplace_back(tensors[i], fits);
       if (list == nullptr) list = &lists_.emplace_back(tensors.vec());
       (*list)[i] = std::move(fits);
@@ -264,12 +271,6 @@ void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args
   }
   args.lists.step = common.step;
   args.lists.group_step = common.group_step;
-  const TensorLists& l = args.lists;
-  for (const TensorList list :
-       {l.theta, l.g, l.m, l.u, l.v, l.w, l.vmax, l.master, l.packed, l.scale, l.maximum}) {
-    // a copy-on-write tensor gets memory of its own here, as it cannot in a kernel's threads
-    for (const Tensor& tensor : list) tensor.mutable_data_ptr();
-  }
   if (common.theta[0].device().is_cpu()) {
     update_cpu(args);
   } else {
@@ -370,6 +371,7 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
   }
   if (check_only) return;
   args.lists.scale = scale;
+  for (const Tensor& tensor : scale) own_memory(tensor);
   run_update(common, lists, args);
   bump_versions(scale);
 }
@@ -462,15 +464,14 @@ TORCH_LIBRARY(maxva, m) {
       "Tensor? found_inf, float max_grad_norm, bool skip_nonfinite) -> ()");
 }
 
-#define MAXVA_IMPLEMENT(m)                          \
-  m.impl("update_", &maxva::update_);               \
-  m.impl("update_packed_", &maxva::update_packed_); \
-  m.impl("sum_of_squares", &maxva::sum_of_squares); \
-  m.impl("write_control_", &maxva::write_control_);
+#define MAXVA_FOR_EACH_OPERATOR(define) \
+  define(update_) define(update_packed_) define(sum_of_squares) define(write_control_)
+#define MAXVA_IMPLEMENT(name) m.impl(#name, &maxva::name);
+#define MAXVA_DEFINE_CALL(name) maxva::define_call(m, #name, &maxva::name);
 
-TORCH_LIBRARY_IMPL(maxva, CPU, m){MAXVA_IMPLEMENT(m)}
+TORCH_LIBRARY_IMPL(maxva, CPU, m){MAXVA_FOR_EACH_OPERATOR(MAXVA_IMPLEMENT)}
 #if defined(MAXVA_WITH_CUDA)
-TORCH_LIBRARY_IMPL(maxva, CUDA, m){MAXVA_IMPLEMENT(m)}
+TORCH_LIBRARY_IMPL(maxva, CUDA, m){MAXVA_FOR_EACH_OPERATOR(MAXVA_IMPLEMENT)}
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -486,10 +487,7 @@ PYBIND11_MODULE(_C, m) {
 #else
       false;
 #endif
-  maxva::define_call(m, "update_", &maxva::update_);
-  maxva::define_call(m, "update_packed_", &maxva::update_packed_);
-  maxva::define_call(m, "sum_of_squares", &maxva::sum_of_squares);
-  maxva::define_call(m, "write_control_", &maxva::write_control_);
+  MAXVA_FOR_EACH_OPERATOR(MAXVA_DEFINE_CALL)
   m.def("facts_of", torch::wrap_pybind_function(&maxva::facts_of));
   m.def("fit", torch::wrap_pybind_function(&maxva::fit));
   m.def(

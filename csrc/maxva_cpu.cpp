@@ -43,8 +43,10 @@ void parallel_for_each_chunk(const ChunkPlan& plan, const F& fn) {
 
 double scalar_of(const at::Tensor& tensor) { return tensor.item<double>(); }
 
+// What is written has memory of its own (own_memory in bindings.cpp); what is read may share it.
 void* at_element(const at::Tensor& tensor, int64_t offset) {
-  return static_cast<char*>(tensor.mutable_data_ptr()) + offset * tensor.element_size();
+  auto* const data = const_cast<void*>(tensor.const_data_ptr());
+  return static_cast<char*>(data) + offset * tensor.element_size();
 }
 
 // Scalars of one parameter in the compute type it uses; the other member stays unset.
@@ -97,7 +99,7 @@ SumsOfSquares update_packed_chunk(const UpdateArgs& args, const CpuKernels& kern
       .theta = lists.theta[i].mutable_data_ptr(),
       .theta_dtype = dtype_of(lists.theta[i]),
       .master = lists.master.empty() ? nullptr : lists.master[i].mutable_data_ptr(),
-      .g = lists.g[i].mutable_data_ptr(),
+      .g = at_element(lists.g[i], 0),
       .g_dtype = dtype_of(lists.g[i]),
       .grad_scale = of_chunk.grad_scale,
       .packed = lists.packed[i].mutable_data_ptr(),

@@ -647,6 +647,29 @@ def test_amsgrad_switched_off_forgets_its_maxima(kind: str, backend: str) -> Non
     torch.testing.assert_close(vmax.sqrt(), torch.full_like(vmax, 0.1), rtol=0.07, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["float32", *KINDS])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_copies_on_write_keep_their_values(kind: str, scaled: bool, backend: str) -> None:
+    """Whatever shares its memory until it is written: parameters, gradients, states."""
+    options = {"state_dtype": kind, "fp32_state_below": 0, "amsgrad": True, "max_grad_norm": 0.5}
+    outcomes = []
+    for shares in (False, True):
+        p = Parameter(torch.linspace(-1, 1, 300 * 256).view(300, 256))
+        opt = FusedMAdam([p], backend=backend, **options)
+        train(opt, range(2))
+        set_grad(p, torch.linspace(-3, 2, 300 * 256).view(300, 256))
+        if scaled:
+            opt.grad_scale = torch.tensor(8.0)
+        assert p.grad is not None
+        tensors = [p, p.grad, *opt.state[p].values()]
+        values = [t.detach().clone() for t in tensors]
+        clones = [torch._lazy_clone(t.detach()) for t in tensors if shares]
+        opt.step()
+        assert all(same_bits(clone, value) for clone, value in zip(clones, values, strict=False))
+        outcomes.append(snapshot(opt))
+    assert same_bits(*outcomes)
+
+
 def test_a_parameter_that_changes_its_layout_keeps_its_states(backend: str, asked: str) -> None:
     p = Parameter(torch.randn(3, 64, 2, 2, generator=torch.Generator().manual_seed(0)))
     opt = FusedMAdam([p], state_dtype="int8", fp32_state_below=0, backend=backend)
