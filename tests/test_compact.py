@@ -654,10 +654,10 @@ def test_copies_on_write_keep_their_values(kind: str, scaled: bool, backend: str
     options = {"state_dtype": kind, "fp32_state_below": 0, "amsgrad": True, "max_grad_norm": 0.5}
     outcomes = []
     for shares in (False, True):
-        p = Parameter(torch.linspace(-1, 1, 300 * 256).view(300, 256))
+        p = Parameter(torch.linspace(-1, 1, 40 * 256).view(40, 256))
         opt = FusedMAdam([p], backend=backend, **options)
         train(opt, range(2))
-        set_grad(p, torch.linspace(-3, 2, 300 * 256).view(300, 256))
+        set_grad(p, torch.linspace(-3, 2, 40 * 256).view(40, 256))
         if scaled:
             opt.grad_scale = torch.tensor(8.0)
         assert p.grad is not None
