@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -31,12 +32,12 @@ class BorrowedTensors {
   }
 
   void borrow(pybind11::handle sequence) {
-    objects_ = pybind11::reinterpret_steal<pybind11::object>(PySequence_Tuple(sequence.ptr()));
+    objects_ = PySequence_Tuple(sequence.ptr());
     if (!objects_) throw pybind11::error_already_set();
-    const auto size = static_cast<size_t>(PyTuple_GET_SIZE(objects_.ptr()));
+    const auto size = static_cast<size_t>(PyTuple_GET_SIZE(objects_.get()));
     tensors_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
-      PyObject* const object = PyTuple_GET_ITEM(objects_.ptr(), i);
+      PyObject* const object = PyTuple_GET_ITEM(objects_.get(), i);
       if (!THPVariable_Check(object)) {
         stray_ = "[" + std::to_string(i) + "] is no tensor but a " + Py_TYPE(object)->tp_name;
         return;
@@ -54,7 +55,7 @@ class BorrowedTensors {
  private:
   using Traits = c10::MaybeOwnedTraits<at::Tensor>;
 
-  pybind11::object objects_;
+  THPObjectPtr objects_;
   std::vector<at::Tensor> tensors_;
   std::string stray_;
 };
