@@ -1,7 +1,8 @@
 """Builds the C++ (and, where there is a CUDA toolkit, CUDA) extension of maxva-kernels.
 
 MAXVA_BUILD_CUDA    1: with CUDA, or fail; 0: without; unset: with CUDA where it is possible
-MAXVA_CUDA_ARCHS    GPU architectures, such as "90" or "80;90;100;120+PTX" (the default)
+MAXVA_CUDA_ARCHS    GPU architectures, such as "90" or "80;90+PTX"; unset: "75;80;90;100;120+PTX" as
+                    far as the toolkit goes, and those of the GPUs that are visible
 MAXVA_NO_EXTENSION  1: no extension at all, Python only
 """
 
@@ -14,12 +15,13 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
-from cuda_toolkit import find_cuda_home, nvcc_version, torch_arch_list
+from cuda_toolkit import default_archs, find_cuda_home, nvcc_version, torch_arch_list
 
 CPU_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 # no contraction: the source alone says what is fused, so that the CUDA and CPU kernels agree
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
-DEFAULT_ARCHS = "80;90;100;120+PTX"
+# the first whose kernels take 32,764 bytes of arguments
+OLDEST_CUDA = "12.1"
 
 
 def why_no_cuda(torch, cuda_home):
@@ -39,6 +41,11 @@ def why_no_cuda(torch, cuda_home):
         return (
             f"the toolkit in {cuda_home} is CUDA {version}, torch {torch.__version__} is built "
             f"with CUDA {torch.version.cuda}; set CUDA_HOME to a toolkit of the same major version"
+        )
+    if tuple(map(int, version.split("."))) < tuple(map(int, OLDEST_CUDA.split("."))):
+        return (
+            f"the toolkit in {cuda_home} is CUDA {version}; set CUDA_HOME to one of {OLDEST_CUDA} "
+            f"or later"
         )
     return None
 
@@ -79,7 +86,10 @@ def extensions():
         os.environ["CUDA_HOME"] = str(cuda_home)
         if archs := os.environ.get("MAXVA_CUDA_ARCHS"):
             os.environ["TORCH_CUDA_ARCH_LIST"] = torch_arch_list(archs)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", torch_arch_list(DEFAULT_ARCHS))
+        elif not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            gpus = range(torch.cuda.device_count())
+            visible = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(cuda_home, visible)
         print(
             f"maxva-kernels: building with CUDA {nvcc_version(cuda_home)} from {cuda_home} for "
             f"{os.environ['TORCH_CUDA_ARCH_LIST']}"

@@ -1,6 +1,7 @@
 // The operators torch sees: schemas, and every check, once, before any backend changes anything.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/irange.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -164,40 +165,42 @@ struct List {
 
 // Everything but the tensors that belong to single parameters.
 UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
-  const auto& [theta, g, master, step, group_step, group_sizes, hyper, lr, control, grad_scale,
-               norms, statistics, rounding, algorithm, phase] = common;
-  const size_t n = theta.size();
-  const at::Device device = theta[0].device();
+  const size_t n = common.theta.size();
+  const at::Device device = common.theta[0].device();
   UpdateArgs args;
-  args.lists.theta = theta;  // run_update fits them
-  args.algorithm = algorithm_of(algorithm);
-  TORCH_CHECK_VALUE(phase >= 0 && phase <= 2, "maxva: phase must be 0, 1 or 2, is ", phase);
-  args.phase = static_cast<Phase>(phase);
-  TORCH_CHECK_VALUE(g.size() == n && step.size() == n, "maxva: ", n, " parameters, but ", g.size(),
-                    " gradients and ", step.size(), " step counters");
+  args.lists.theta = common.theta;  // run_update fits them
+  args.algorithm = algorithm_of(common.algorithm);
+  TORCH_CHECK_VALUE(common.phase >= 0 && common.phase <= 2, "maxva: phase must be 0, 1 or 2, is ",
+                    common.phase);
+  args.phase = static_cast<Phase>(common.phase);
+  TORCH_CHECK_VALUE(common.g.size() == n && common.step.size() == n, "maxva: ", n,
+                    " parameters, but ", common.g.size(), " gradients and ", common.step.size(),
+                    " step counters");
   for (const List& list : lists) {
     TORCH_CHECK_VALUE(list.tensors.size() == n || (list.optional && list.tensors.empty()),
                       "maxva: ", n, " parameters, but ", list.tensors.size(), " of ", list.name);
   }
-  const size_t groups = group_sizes.size();
-  TORCH_CHECK_VALUE(hyper.size() == groups * kHyperFields && lr.size() == groups, "maxva: ", groups,
-                    " groups need ", groups * kHyperFields, " hyper-parameters and ", groups,
-                    " learning rates, got ", hyper.size(), " and ", lr.size());
-  for (const Tensor& counter : group_step) {
+  const size_t groups = common.group_sizes.size();
+  TORCH_CHECK_VALUE(common.hyper.size() == groups * kHyperFields && common.lr.size() == groups,
+                    "maxva: ", groups, " groups need ", groups * kHyperFields,
+                    " hyper-parameters and ", groups, " learning rates, got ", common.hyper.size(),
+                    " and ", common.lr.size());
+  for (const Tensor& counter : common.group_step) {
     check_one_element(counter, "group_step", at::kInt, device);
   }
   for (const auto k : c10::irange(groups)) {
-    TORCH_CHECK_VALUE(group_sizes[k] >= 0 && group_sizes[k] <= int64_t(n - args.group_of.size()),
-                      "maxva: group_sizes[", k, "] is ", group_sizes[k],
-                      ", negative or more than there are");
-    args.group_of.insert(args.group_of.end(), group_sizes[k], k);
-    args.hyper.push_back(reinterpret_cast<const Hyper*>(hyper.data())[k]);
-    args.lr.push_back(lr.get(k));
+    const int64_t size = common.group_sizes[k];
+    TORCH_CHECK_VALUE(size >= 0 && size <= int64_t(n - args.group_of.size()), "maxva: group_sizes[",
+                      k, "] is ", size, ", negative or more than there are");
+    args.group_of.insert(args.group_of.end(), size, k);
+    args.hyper.push_back(reinterpret_cast<const Hyper*>(common.hyper.data())[k]);
+    args.lr.push_back(common.lr.get(k));
     check_one_element(args.lr.back(), "lr", {}, device);
   }
   TORCH_CHECK_VALUE(args.group_of.size() == n, "maxva: group_sizes add up to ",
                     args.group_of.size(), ", there are ", n, " parameters");
-  check_one_element(grad_scale, "grad_scale", {}, device);
+  check_one_element(common.grad_scale, "grad_scale", {}, device);
+  const std::optional<Tensor>& control = common.control;
   TORCH_CHECK_VALUE(
       !control || (control->numel() == kControlFields && control->is_contiguous() &&
                    control->scalar_type() == at::kDouble && control->device() == device),
@@ -207,21 +210,21 @@ UpdateArgs checked_args(const Common& common, at::ArrayRef<List> lists) {
            table->scalar_type() == at::kDouble && table->is_contiguous() &&
            table->device() == device;
   };
-  TORCH_CHECK_VALUE(args.phase == Phase::kWhole || is_table(norms, 2),
+  TORCH_CHECK_VALUE(args.phase == Phase::kWhole || is_table(common.norms, 2),
                     "maxva: norms must be float64 [", n, ", 2] on ", device);
-  TORCH_CHECK_VALUE(!statistics || is_table(statistics, kStatistics),
+  TORCH_CHECK_VALUE(!common.statistics || is_table(common.statistics, kStatistics),
                     "maxva: statistics must be float64 [", n, ", ", int(kStatistics), "] on ",
                     device);
-  TORCH_CHECK_VALUE(rounding.empty() || rounding.size() == n * kRoundingFields,
+  TORCH_CHECK_VALUE(common.rounding.empty() || common.rounding.size() == n * kRoundingFields,
                     "maxva: rounding must be empty or ", n, " rows of ", kRoundingFields, ", has ",
-                    rounding.size(), " entries");
-  const auto* const rounding_rows = reinterpret_cast<const Rounding*>(rounding.data());
-  args.rounding.assign(rounding_rows, rounding_rows + rounding.size() / kRoundingFields);
+                    common.rounding.size(), " entries");
+  const auto* const rounding_rows = reinterpret_cast<const Rounding*>(common.rounding.data());
+  args.rounding.assign(rounding_rows, rounding_rows + common.rounding.size() / kRoundingFields);
 
-  args.control = control;
-  args.grad_scale = grad_scale;
-  args.norms = norms;
-  args.statistics = statistics;
+  args.control = common.control;
+  args.grad_scale = common.grad_scale;
+  args.norms = common.norms;
+  args.statistics = common.statistics;
   return args;
 }
 
@@ -262,6 +265,7 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
 
 // Fits layouts, computes, and tells autograd what has been written. All checks have been made.
 void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args) {
+  const c10::OptionalDeviceGuard guard(at::device_of(common.theta[0]));
   // Only now: a temporary is the first thing that costs, and copies must be in order.
   LayoutFitter fitter;
   args.lists.theta = fitter.dense(common.theta, true);
@@ -271,6 +275,7 @@ void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args
   }
   args.lists.step = common.step;
   args.lists.group_step = common.group_step;
+  for (const Tensor& tensor : args.lists.scale) own_memory(tensor);
   if (common.theta[0].device().is_cpu()) {
     update_cpu(args);
   } else {
@@ -282,7 +287,12 @@ void run_update(const Common& common, at::ArrayRef<List> lists, UpdateArgs& args
   bump_versions(common.theta);
   if (common.grad_scale) bump_versions(common.g);
   for (const List& list : lists) bump_versions(list.tensors);
+  bump_versions(args.lists.scale);
   bump_versions(common.step);
+  bump_versions(common.group_step);
+  for (const auto& table : {common.norms, common.statistics}) {
+    if (table) bump_versions(*table);
+  }
 }
 
 void update_(TensorList theta, TensorList g, TensorList m, TensorList u, TensorList v, TensorList w,
@@ -369,11 +379,8 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
                       at::IntArrayRef(blocks), " on ", theta[i].device(), ", is ",
                       scale_of.scalar_type(), " ", scale_of.sizes(), " on ", scale_of.device());
   }
-  if (check_only) return;
   args.lists.scale = scale;
-  for (const Tensor& tensor : scale) own_memory(tensor);
-  run_update(common, lists, args);
-  bump_versions(scale);
+  if (!check_only) run_update(common, lists, args);
 }
 
 Tensor sum_of_squares(TensorList g) {
@@ -403,10 +410,14 @@ void write_control_(const Tensor& control, const std::optional<Tensor>& sum_of_s
   check_one_element(found_inf, "found_inf", {}, device);
   const ControlArgs args{control,   sum_of_squares, grad_scale,
                          found_inf, max_grad_norm,  skip_nonfinite};
+  if (device.is_cpu()) {
+    write_control_cpu(args);
+  } else {
 #if defined(MAXVA_WITH_CUDA)
-  if (device.is_cuda()) return write_control_cuda(args);
+    write_control_cuda(args);
 #endif
-  write_control_cpu(args);
+  }
+  bump_versions(control);
 }
 
 // For layouts.py: device, dtype, layout, sizes and strides of tensors, as words to be compared; and
@@ -416,7 +427,10 @@ pybind11::bytes facts_of(const BorrowedTensors& tensors, bool addresses) {
   const auto append = [&](at::IntArrayRef more) {
     words.insert(words.end(), more.begin(), more.end());
   };
-  for (const Tensor& tensor : tensors.list("tensors")) {
+  const TensorList list = tensors.list("tensors");
+  // a copy-on-write tensor is copied where its address is taken
+  const c10::OptionalDeviceGuard guard(list.empty() ? std::nullopt : at::device_of(list[0]));
+  for (const Tensor& tensor : list) {
     const at::Device device = tensor.device();
     append({int64_t(device.type()), device.index(), int64_t(tensor.scalar_type()),
             int64_t(tensor.layout()), tensor.dim()});
@@ -492,5 +506,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fit", torch::wrap_pybind_function(&maxva::fit));
   m.def(
       "cpu_isa", [] { return std::string(maxva::cpu_kernels().isa); },
-      "The instruction set of the CPU kernels in use; MAXVA_CPU_ISA chooses another.");
+      "The instruction set of the CPU kernels in use; MAXVA_CPU_ISA chooses another at import.");
+  m.def("use_cpu_isa", &maxva::use_cpu_kernels,
+        "Uses the CPU kernels of another instruction set from now on; \"\" for the widest.");
 }

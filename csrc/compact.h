@@ -65,23 +65,15 @@ MAXVA_INLINE uint32_t rounding_bits(uint32_t word, uint32_t around) {
 #endif
 }
 
-// Of a block, or of its amsgrad maxima: what multiplies when decoding.
+// Of a block, or of its amsgrad maxima: what multiplies when decoding. half and offset are the
+// device's form, one fused multiplication; subnormals are no matter there.
 struct DecodingScale {
-  float scale;
-#if defined(__CUDACC__)
-  float half,
-      offset;  // the device's form, one fused multiplication; subnormals are no matter there
-#endif
+  float scale, half, offset;
 };
 
 MAXVA_INLINE DecodingScale decoding_scale(uint32_t exponent) {
-  DecodingScale result;
-  result.scale = float_from_bits(exponent << 23);
-#if defined(__CUDACC__)
-  result.half = 0.5f * result.scale;
-  result.offset = -kCodeBias * result.scale;
-#endif
-  return result;
+  const float scale = float_from_bits(exponent << 23);
+  return {scale, 0.5f * scale, -kCodeBias * scale};
 }
 
 // `shifted_code`: a code where its bits are in a float. Both forms are exact.

@@ -5,6 +5,9 @@
 
 namespace maxva {
 
+// Whether a control block, if there is one, says to skip the step.
+MAXVA_INLINE bool skips(const double* control) { return control && control[kSkip] != 0; }
+
 // norm: of the unscaled gradients; beyond float32's range it counts as not finite.
 MAXVA_INLINE void make_control(double norm, double max_grad_norm, bool skip_nonfinite,
                                bool found_inf, double* control) {

@@ -222,6 +222,12 @@ bool has_avx512() {
 }
 #endif
 
+// Not read in a step: another thread may change the environment then.
+std::string isa_in_use = [] {
+  const char* const isa = std::getenv(kIsaVariable);
+  return std::string(isa ? isa : "");
+}();
+
 }  // namespace
 
 const CpuKernels& cpu_kernels_for(const char* isa) {
@@ -236,9 +242,8 @@ const CpuKernels& cpu_kernels_for(const char* isa) {
                            "avx512, or unset it");
 }
 
-const CpuKernels& cpu_kernels() {
-  const char* isa = std::getenv(kIsaVariable);
-  return cpu_kernels_for(isa ? isa : "");
-}
+const CpuKernels& cpu_kernels() { return cpu_kernels_for(isa_in_use.c_str()); }
+
+void use_cpu_kernels(const char* isa) { isa_in_use = cpu_kernels_for(isa).isa; }
 
 }  // namespace maxva

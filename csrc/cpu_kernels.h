@@ -51,6 +51,11 @@ struct PackedView {
 
 MAXVA_INLINE int64_t blocks_of_row(int64_t row) { return (row + kStateBlock - 1) / kStateBlock; }
 
+// Of a whole tensor, whose rows may be empty.
+MAXVA_INLINE int64_t state_blocks(int64_t numel, int64_t row) {
+  return row == 0 ? 0 : numel / row * blocks_of_row(row);
+}
+
 // Where a block is.
 struct PackedBlock {
   int64_t first;  // element
@@ -89,10 +94,14 @@ struct CpuKernels {
 inline constexpr const char* kIsaVariable = "MAXVA_CPU_ISA";
 
 // The kernels for this machine: the widest instruction set it has, or the one that MAXVA_CPU_ISA
-// names ("baseline", "avx2", "avx512"). Throws std::runtime_error for a name that it lacks.
+// named ("baseline", "avx2", "avx512") when this was loaded. Throws std::runtime_error for a name
+// that it lacks.
 const CpuKernels& cpu_kernels();
 
 // As above for a given name; "" for the widest.
 const CpuKernels& cpu_kernels_for(const char* isa);
+
+// From now on cpu_kernels() gives those of this name, not to be called during a step.
+void use_cpu_kernels(const char* isa);
 
 }  // namespace maxva

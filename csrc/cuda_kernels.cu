@@ -1,7 +1,6 @@
 // The CUDA kernels other than the update itself, and the choice of the update's instantiation.
 #include <algorithm>
 
-#include "control.h"
 #include "cuda_kernels.h"
 #include "packed_kernel.cuh"
 
@@ -41,8 +40,6 @@ struct SumFields {
   int width, first, end;
 };
 
-__device__ bool skips(const double* control) { return control && control[kSkip] != 0; }
-
 // of_tensor[tensor.index] = the sum of the tensor's rows in of_block, in a fixed order; one block
 // per tensor.
 __global__ void __launch_bounds__(kThreads)
@@ -50,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
                        const double* control, double* of_tensor) {
   if (skips(control)) return;
   const TensorEntry& tensor = tensors[blockIdx.x];
-  const int64_t num_blocks = (tensor.work() + kUpdateChunk - 1) / kUpdateChunk;
+  const int64_t num_blocks = tensor.num_blocks();
   for (int field = fields.first; field < fields.end; ++field) {
     double own = 0;
     for (int64_t k = threadIdx.x; k < num_blocks; k += kThreads) {

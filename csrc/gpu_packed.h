@@ -10,7 +10,7 @@ namespace maxva::gpu {
 constexpr int kLanes = 32, kWarps = kThreads / kLanes;
 constexpr int kStateBlocks = kUpdateChunk / kStateBlock;  // of a chunk, at most
 static_assert(kLanes * kVector == kStateBlock && kTile == kWarps * kStateBlock);
-static_assert(kStateBlocks <= kLanes * kWarps);  // see scales_of_step
+static_assert(kStateBlocks <= kLanes * kWarps);  // see scales_of_iterations
 
 // The device's own reciprocal and root, which are a bit or two off: instructions are what the step
 // is bound by, and codes keep few digits. Divisors and squares below 2^-126 count as 0.
@@ -43,43 +43,42 @@ using Maximum = std::conditional_t<kPacking == Packing::kInt8, uint8_t, BFloat16
 // What the threads of one block share beside StepState.
 struct PackedState : StepState<float> {
   void *packed, *maximum;
-  uint32_t* scale;  // of the chunk's first block
+  uint32_t* scale;  // of the chunk's first state block
   bool packed_vector, maximum_vector;
   CodeConstants constants;
   uint32_t round_keys[kPhiloxRounds][2];
-  int64_t first_call;       // of the chunk's first element
-  bool fast;                // see move_lane
-  bool whole_rows;          // all blocks are whole
-  int num_blocks;           // 0 where the step is skipped
-  int64_t first_block;      // of the tensor
-  int64_t first;            // index of the first element in its tensor
-  int64_t row, row_blocks;  // elements and blocks of a row
+  int64_t first_call;             // of the chunk's first element
+  bool fast;                      // see move_lane
+  bool whole_rows;                // all state blocks are whole
+  int num_state_blocks;           // of the chunk; 0 where the step is skipped
+  int64_t first_state_block;      // in its tensor
+  int64_t first;                  // index of the first element in its tensor
+  int64_t row, row_state_blocks;  // elements and blocks of a row
 };
 
 // Run by one thread of the block.
+template <Packing kPacking>
 MAXVA_THREAD_CODE void prepare_packed_block(const UpdateLaunch& launch, int64_t block_index,
                                             Phase phase, PackedState& block) {
-  block.num_blocks = 0;
-  if (launch.control && launch.control[kSkip] != 0) return;
+  block.num_state_blocks = 0;
+  if (skips(launch.control)) return;
   const BlockEntry where = launch.blocks[block_index];
   const TensorEntry& tensor = launch.tensors[where.tensor];
   block.row = tensor.row;
-  block.row_blocks = blocks_of_row(tensor.row);
+  block.row_state_blocks = blocks_of_row(tensor.row);
   block.whole_rows = tensor.row % kStateBlock == 0;
-  block.first_block = int64_t{where.chunk} * kStateBlocks;
-  const int64_t rest = tensor.num_state_blocks() - block.first_block;
-  block.num_blocks = static_cast<int>(rest < kStateBlocks ? rest : kStateBlocks);
-  block.first = packed_block(block.first_block, block.row, block.row_blocks).first;
+  block.first_state_block = int64_t{where.chunk} * kStateBlocks;
+  const int64_t rest = state_blocks(tensor.numel, tensor.row) - block.first_state_block;
+  block.num_state_blocks = static_cast<int>(rest < kStateBlocks ? rest : kStateBlocks);
+  block.first = packed_block(block.first_state_block, block.row, block.row_state_blocks).first;
   prepare_step(launch, where, block.first, phase, block);
-  const int word = tensor.scale ? 4 : 8, maximum = tensor.scale ? 1 : 2;
   const auto list = [&](void* data, int size, void*& at, bool& vector) {
     at = data ? static_cast<char*>(data) + block.first * size : nullptr;
-    const int bytes = size * kVector < 16 ? size * kVector : 16;
-    vector = reinterpret_cast<uintptr_t>(at) % bytes == 0;
+    vector = allows_vector(at, size);
   };
-  list(tensor.packed, word, block.packed, block.packed_vector);
-  list(tensor.maximum, maximum, block.maximum, block.maximum_vector);
-  block.scale = tensor.scale ? tensor.scale + block.first_block : nullptr;
+  list(tensor.packed, sizeof(Word<kPacking>), block.packed, block.packed_vector);
+  list(tensor.maximum, sizeof(Maximum<kPacking>), block.maximum, block.maximum_vector);
+  block.scale = tensor.scale ? tensor.scale + block.first_state_block : nullptr;
   block.constants = CodeConstants{};
   for (int round = 0; round < kPhiloxRounds; ++round) {
     block.round_keys[round][0] = block.random.key0 + static_cast<uint32_t>(round) * kPhiloxKeyStep0;
@@ -108,7 +107,8 @@ MAXVA_THREAD_CODE Lane find_lane(const PackedState& block, int index, int lane) 
   if (block.whole_rows) {
     return {index * kStateBlock + lane * kVector, kVector, true, true};
   }
-  const PackedBlock at = packed_block(block.first_block + index, block.row, block.row_blocks);
+  const PackedBlock at =
+      packed_block(block.first_state_block + index, block.row, block.row_state_blocks);
   const int start = static_cast<int>(at.first - block.first), rest = at.n - lane * kVector;
   const bool vector = start % kVector == 0;
   return {start + lane * kVector,
@@ -118,11 +118,11 @@ MAXVA_THREAD_CODE Lane find_lane(const PackedState& block, int index, int lane) 
           vector, vector && at.n == kStateBlock};
 }
 
-// kInt8: the scales of the block that a warp moves in its step `lane`. A warp reads those of all
-// its steps at once, as a load in each step would have it wait for memory.
-MAXVA_THREAD_CODE uint32_t scales_of_step(const PackedState& block, int warp, int lane) {
+// kInt8: the scales of the block that a warp moves in its iteration `lane`. A warp reads those of
+// all its iterations at once, as a load in each would have it wait for memory.
+MAXVA_THREAD_CODE uint32_t scales_of_iterations(const PackedState& block, int warp, int lane) {
   const int index = warp + lane * kWarps;
-  return index < block.num_blocks ? in_global_memory(block.scale)[index] : 0;
+  return index < block.num_state_blocks ? in_global_memory(block.scale)[index] : 0;
 }
 
 // Has the second-level cache fetch what a lane will read of block `index`, `offset` elements from
@@ -130,7 +130,7 @@ MAXVA_THREAD_CODE uint32_t scales_of_step(const PackedState& block, int warp, in
 template <Packing kPacking, bool kAmsgrad>
 MAXVA_THREAD_CODE void prefetch_lane(const PackedState& block, int index, int offset) {
 #if defined(__CUDA_ARCH__)
-  if (!block.whole_rows || index >= block.num_blocks) return;
+  if (!block.whole_rows || index >= block.num_state_blocks) return;
   const auto hint = [](const char* data) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(in_global_memory(data)));
   };
@@ -366,18 +366,11 @@ MAXVA_THREAD_CODE void store_lane(const PackedState& block, int index, int lane_
   for (int k = 0; k < kVector; ++k) theta.x[k] = lane.theta[k];
   if constexpr (kFast) {
     store(theta, block.moved.data, i, n, true);
-    return;
+  } else {
+    store_moved(
+        theta, block, i, n, [&] { return random; },
+        [&](const AnyList& list) { return vector(list.vector); });
   }
-  // lr = 0 keeps the bits; a NaN's would not survive the conversion
-  if (block.scalars.eta == 0.0f) return;
-  if (block.random.on) {  // then there are no master weights
-    Vector<BFloat16> rounded;
-    for (int k = 0; k < kVector; ++k) from_compute(theta.x[k], random.x[k], rounded.x[k]);
-    store(rounded, block.moved.data, i, n, vector(block.moved.vector));
-    return;
-  }
-  store_any(theta, block.moved, i, n, vector(block.moved.vector));
-  if (block.has_master) store_any(theta, block.theta, i, n, vector(block.theta.vector));
 }
 
 }  // namespace maxva::gpu

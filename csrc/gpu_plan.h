@@ -68,7 +68,7 @@ class UpdatePlan {
     int64_t block = 0;
     for (TensorEntry& tensor : tensors_) {
       tensor.first_block = block;
-      block += (tensor.work() + kUpdateChunk - 1) / kUpdateChunk;
+      block += tensor.num_blocks();
     }
     num_blocks_ = block;
     for (Hyper& row : hyper_) row.lr = 0;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "control.h"
 #include "cpu_kernels.h"
 #include "low_precision.h"
 #include "maxva_math.h"
@@ -60,13 +61,14 @@ struct TensorEntry {
   void* maximum = nullptr;
   int64_t row = 0;  // elements of a row of dimension 0
 
-  MAXVA_THREAD_CODE int64_t num_state_blocks() const {
-    return row == 0 ? 0 : numel / row * blocks_of_row(row);
-  }
-
   // What is cut into chunks: whole blocks of compact states.
   MAXVA_THREAD_CODE int64_t work() const {
-    return packed ? num_state_blocks() * kStateBlock : numel;
+    return packed ? state_blocks(numel, row) * kStateBlock : numel;
+  }
+
+  // One per chunk.
+  MAXVA_THREAD_CODE int64_t num_blocks() const {
+    return (work() + kUpdateChunk - 1) / kUpdateChunk;
   }
 };
 
@@ -107,8 +109,14 @@ struct NormLaunch {
 
 static_assert(sizeof(UpdateLaunch) <= 32764 && sizeof(NormLaunch) <= 32764);
 
+// Of an address where kVector elements of this many bytes move at once, in accesses of 16 bytes or
+// fewer.
+constexpr int vector_alignment(int element_size) {
+  return element_size * kVector < 16 ? element_size * kVector : 16;
+}
+
 template <typename S>
-struct alignas(sizeof(S) * kVector < 16 ? sizeof(S) * kVector : 16) Vector {
+struct alignas(vector_alignment(sizeof(S))) Vector {
   S x[kVector];
 };
 
@@ -143,9 +151,8 @@ MAXVA_THREAD_CODE void store(const Vector<S>& values, void* list, int offset, in
   }
 }
 
-MAXVA_THREAD_CODE bool allows_vector(const void* data, DType dtype) {
-  const int bytes = size_of(dtype) * kVector;
-  return reinterpret_cast<uintptr_t>(data) % (bytes < 16 ? bytes : 16) == 0;
+MAXVA_THREAD_CODE bool allows_vector(const void* data, int element_size) {
+  return reinterpret_cast<uintptr_t>(data) % vector_alignment(element_size) == 0;
 }
 
 // A list whose element type is known at run time only.
@@ -157,7 +164,7 @@ struct AnyList {
 
 MAXVA_THREAD_CODE AnyList any_list(char* tensor, DType dtype, int64_t first_element) {
   char* data = tensor + first_element * size_of(dtype);
-  return {data, dtype, allows_vector(data, dtype)};
+  return {data, dtype, allows_vector(data, size_of(dtype))};
 }
 
 template <typename T, typename S>
@@ -198,19 +205,6 @@ MAXVA_THREAD_CODE void store_any(const Vector<T>& values, const AnyList& list, i
   }
 }
 
-// Of elements first + offset and so on of their tensor.
-template <typename T>
-MAXVA_THREAD_CODE void store_stochastically(const Vector<T>& values, const AnyList& list,
-                                            int64_t first, int offset, int n, bool vector,
-                                            const RandomBits& random) {
-  const PhiloxWords words = random.four_words(first + offset);
-  Vector<BFloat16> packed;
-  for (int k = 0; k < kVector; ++k) {
-    from_compute(static_cast<float>(values.x[k]), words.x[k], packed.x[k]);
-  }
-  store(packed, list.data, offset, n, vector);
-}
-
 MAXVA_THREAD_CODE double scalar_at(TypedAddress scalar) {
   switch (scalar.type()) {
     case DType::kFloat64: return *reinterpret_cast<const double*>(scalar.data());
@@ -248,9 +242,6 @@ struct ThreadStatistics {
   T one_minus_beta = 0, at_beta_min = 0, at_beta_max = 0, step_size = 0;
 };
 
-template <typename T>
-constexpr DType kComputeType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-
 // What of a chunk's state does not depend on how states are kept.
 template <typename T>
 MAXVA_THREAD_CODE void prepare_step(const UpdateLaunch& launch, const BlockEntry& where,
@@ -281,13 +272,33 @@ MAXVA_THREAD_CODE void prepare_step(const UpdateLaunch& launch, const BlockEntry
                     : block.theta;
 }
 
+// Stores moved parameters; random() gives their random words, and vector(list) says whether a list
+// is accessed kVector elements at once.
+template <typename T, typename Random, typename Vectors>
+MAXVA_THREAD_CODE void store_moved(const Vector<T>& theta, const StepState<T>& block, int offset,
+                                   int n, const Random& random, const Vectors& vector) {
+  // lr = 0 keeps the bits; a NaN's would not survive the conversion
+  if (block.scalars.eta == T(0)) return;
+  if (block.random.on) {  // then there are no master weights
+    const PhiloxWords words = random();
+    Vector<BFloat16> rounded;
+    for (int k = 0; k < kVector; ++k) {
+      from_compute(static_cast<float>(theta.x[k]), words.x[k], rounded.x[k]);
+    }
+    store(rounded, block.moved.data, offset, n, vector(block.moved));
+    return;
+  }
+  store_any(theta, block.moved, offset, n, vector(block.moved));
+  if (block.has_master) store_any(theta, block.theta, offset, n, vector(block.theta));
+}
+
 // Run by one thread of the block.
 template <typename T>
 MAXVA_THREAD_CODE void prepare_block(const UpdateLaunch& launch, int64_t block_index, Phase phase,
                                      BlockState<T>& block) {
   block.n = 0;
   block.aligned = false;
-  if (launch.control && launch.control[kSkip] != 0) return;
+  if (skips(launch.control)) return;
   const BlockEntry where = launch.blocks[block_index];
   const TensorEntry& tensor = launch.tensors[where.tensor];
   const int64_t first = int64_t{where.chunk} * kUpdateChunk;
@@ -298,7 +309,7 @@ MAXVA_THREAD_CODE void prepare_block(const UpdateLaunch& launch, int64_t block_i
   prepare_step(launch, where, first, phase, block);
   const auto state = [&](void* list, T*& data, bool& vector) {
     data = list ? static_cast<T*>(list) + first : nullptr;
-    vector = allows_vector(data, kComputeType<T>);
+    vector = allows_vector(data, sizeof(T));
   };
   state(tensor.m, block.m, block.m_vector);
   state(tensor.u, block.u, block.u_vector);
@@ -362,8 +373,10 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n, S
     const T step = direction<kAlgorithm, Ops>(gk, m.x[k], normalize, s);
     if constexpr (kPhase == Phase::kStates) {
       const double update = layer_update<Ops>(theta.x[k], step, s);
-      sums.theta += double(theta.x[k]) * double(theta.x[k]);
-      sums.update += update * update;
+      if (k < n) {
+        sums.theta += double(theta.x[k]) * double(theta.x[k]);
+        sums.update += update * update;
+      }
     } else {
       theta.x[k] = moved_parameter<Ops>(theta.x[k], step, s);
       if (kCollect && k < n) statistics.step_size += step_length(step, s);
@@ -377,15 +390,10 @@ MAXVA_THREAD_CODE void update_vector(const BlockState<T>& block, int i, int n, S
     store(w, block.w, i, n, kAligned || block.w_vector);
     if constexpr (kAmsgrad) store(vmax, block.vmax, i, n, kAligned || block.vmax_vector);
   }
-  // lr = 0 keeps the bits; a NaN's would not survive the conversion
-  if (kPhase != Phase::kStates && block.scalars.eta != T(0)) {
-    if (block.random.on) {  // then there are no master weights
-      store_stochastically(theta, block.moved, block.first, i, n, kAligned || block.moved.vector,
-                           block.random);
-      return;
-    }
-    store_any(theta, block.moved, i, n, kAligned || block.moved.vector);
-    if (block.has_master) store_any(theta, block.theta, i, n, kAligned || block.theta.vector);
+  if constexpr (kPhase != Phase::kStates) {
+    store_moved(
+        theta, block, i, n, [&] { return block.random.four_words(block.first + i); },
+        [](const AnyList& list) { return kAligned || list.vector; });
   }
 }
 

@@ -29,8 +29,7 @@ std::vector<int64_t> work_of(const UpdateArgs& args) {
   std::vector<int64_t> numels = numels_of(args.lists.theta);
   if (!args.is_packed()) return numels;
   for (size_t i = 0; i < numels.size(); ++i) {
-    const int64_t row = args.row_of(i);
-    if (row != 0) numels[i] = numels[i] / row * blocks_of_row(row) * kStateBlock;
+    numels[i] = state_blocks(numels[i], args.row_of(i)) * kStateBlock;
   }
   return numels;
 }
@@ -122,7 +121,7 @@ SumsOfSquares update_packed_chunk(const UpdateArgs& args, const CpuKernels& kern
 void update_cpu(const UpdateArgs& args) {
   const TensorLists& lists = args.lists;
   const double* control = args.control ? args.control->const_data_ptr<double>() : nullptr;
-  if (control && control[kSkip] != 0) return;
+  if (skips(control)) return;
   const double clip_factor = control ? control[kClipFactor] : 1.0;
   const double grad_scale = args.grad_scale ? scalar_of(*args.grad_scale) : 1.0;
   double* norms = args.norms ? args.norms->mutable_data_ptr<double>() : nullptr;
@@ -191,6 +190,7 @@ void update_cpu(const UpdateArgs& args) {
     return;  // the step is counted once, after the parameters have moved
   }
   for (const at::Tensor& step : lists.step) *step.mutable_data_ptr<float>() += 1;
+  for (const at::Tensor& step : lists.group_step) *step.mutable_data_ptr<int32_t>() += 1;
 }
 
 at::Tensor sum_of_squares_cpu(at::TensorList g) {

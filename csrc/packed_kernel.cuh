@@ -47,17 +47,18 @@ template <Packing kPacking, Algorithm kAlgorithm, bool kAmsgrad, bool kStates, b
 __global__ void __launch_bounds__(kThreads, kStates || (kAmsgrad && kCollect) ? 2 : 3)
     packed_kernel(const UpdateLaunch __grid_constant__ launch, Phase phase) {
   __shared__ PackedState block;
-  if (threadIdx.x == 0) prepare_packed_block(launch, blockIdx.x, phase, block);
+  if (threadIdx.x == 0) prepare_packed_block<kPacking>(launch, blockIdx.x, phase, block);
   __syncthreads();
   ThreadStatistics<float> own;
   SumsOfSquares squares{0, 0};
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   uint32_t scales = 0, exponents = 0;
-  if constexpr (kPacking == Packing::kInt8) scales = scales_of_step(block, warp, lane);
-  for (int step = 0, index = warp; index < block.num_blocks; ++step, index += kWarps) {
+  if constexpr (kPacking == Packing::kInt8) scales = scales_of_iterations(block, warp, lane);
+  for (int iteration = 0, index = warp; index < block.num_state_blocks;
+       ++iteration, index += kWarps) {
     const Lane at = find_lane(block, index, lane);
-    if constexpr (kPacking == Packing::kInt8) exponents = __shfl_sync(~0u, scales, step);
+    if constexpr (kPacking == Packing::kInt8) exponents = __shfl_sync(~0u, scales, iteration);
     if (block.fast && at.whole) {
       // registers for loads ahead would cost warps: the next block only moves closer
       prefetch_lane<kPacking, kAmsgrad>(block, index + kWarps, at.offset + kWarps * kStateBlock);

@@ -39,7 +39,7 @@ class BorrowedTensors {
     for (size_t i = 0; i < size; ++i) {
       PyObject* const object = PyTuple_GET_ITEM(objects_.get(), i);
       if (!THPVariable_Check(object)) {
-        stray_ = "[" + std::to_string(i) + "] is no tensor but a " + Py_TYPE(object)->tp_name;
+        type_error_ = "[" + std::to_string(i) + "] is no tensor but a " + Py_TYPE(object)->tp_name;
         return;
       }
       tensors_.push_back(Traits::createBorrow(THPVariable_Unpack(object)));
@@ -48,7 +48,7 @@ class BorrowedTensors {
 
   // `name` is for the message where something is no tensor.
   at::TensorList list(const std::string& name) const {
-    TORCH_CHECK_TYPE(stray_.empty(), "maxva: ", name, stray_);
+    TORCH_CHECK_TYPE(type_error_.empty(), "maxva: ", name, type_error_);
     return tensors_;
   }
 
@@ -57,7 +57,7 @@ class BorrowedTensors {
 
   THPObjectPtr objects_;
   std::vector<at::Tensor> tensors_;
-  std::string stray_;
+  std::string type_error_;
 };
 
 // What an operator's argument of type T is in a call from Python, and how it is handed on; `name`
@@ -103,7 +103,8 @@ struct FromPython<c10::string_view> {
   static c10::string_view pass(const std::string& value, const std::string&) { return value; }
 };
 
-// Adds a function to the module that calls the operator maxva::`name`, of this kernel's signature.
+// Adds a function to the module that calls the operator maxva::`name`, of this kernel's signature;
+// all its arguments have to be given, the schema's defaults too.
 template <typename R, typename... Args>
 void define_call(pybind11::module_& m, const char* name, R (*)(Args...)) {
   const auto op = c10::Dispatcher::singleton()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from typing import Any
 
 import torch
 
 WITH_CUDA = False
+#: Of the CUDA kernels, as torch spells them: "8.0;9.0+PTX".
+_archs: str | None = None
 #: The module with the operators of torch.ops.maxva, without autograd: csrc/python_call.h.
 operators: Any = None
 _reason: str | None = None
+_ANEW = "pip install --no-build-isolation --force-reinstall --no-deps maxva-kernels"
 
 
 def why_not() -> str | None:
@@ -41,8 +46,52 @@ def _wrong_torch(built_for: str, built_with_cuda: str | None) -> str | None:
     return None
 
 
+def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU can run code compiled for `archs`; True where these are names, not numbers."""
+    for arch in re.split(r"[; ,]+", archs.strip()):
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if number is None:
+            return True
+        compiled_for = int(number[1]), int(number[2])
+        alike = compiled_for[0] == capability[0] and compiled_for <= capability
+        if number[3] == "a":
+            alike = compiled_for == capability
+        elif number[4]:  # the driver compiles it for what has come since
+            alike = compiled_for <= capability
+        if alike:
+            return True
+    return False
+
+
+@functools.cache
+def _why_not_on(gpu: int) -> str | None:
+    capability = torch.cuda.get_device_capability(gpu)
+    if _archs is None or _runs_on(_archs, capability):
+        return None
+    major, minor = capability
+    return (
+        f"the extension was built for GPUs of compute capability {_archs}, "
+        f"{torch.cuda.get_device_name(gpu)} has {major}.{minor}; build it anew: "
+        f'MAXVA_CUDA_ARCHS="{major}.{minor}" {_ANEW}'
+    )
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA kernels cannot run on torch's current device; None where they can."""
+    if _reason is not None:
+        return _reason
+    if not WITH_CUDA:
+        return (
+            "the extension was built without CUDA; with the CUDA toolkit and a CUDA build of "
+            f"torch installed, build it anew: MAXVA_BUILD_CUDA=1 {_ANEW}"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _why_not_on(torch.cuda.current_device())
+
+
 def _load() -> None:
-    global WITH_CUDA, operators, _reason
+    global WITH_CUDA, operators, _archs, _reason
     try:
         from maxva_kernels import _build_info
     except ImportError:
@@ -53,10 +102,7 @@ def _load() -> None:
         return
     # checked before loading: an extension of another torch fails with an undefined symbol
     if wrong := _wrong_torch(_build_info.TORCH_VERSION, _build_info.CUDA_VERSION):
-        _reason = (
-            f"{wrong}; build it anew: pip install --no-build-isolation --force-reinstall "
-            f"--no-deps maxva-kernels"
-        )
+        _reason = f"{wrong}; build it anew: {_ANEW}"
         return
     try:
         operators = importlib.import_module("maxva_kernels._C")
@@ -64,6 +110,7 @@ def _load() -> None:
         _reason = f"the extension does not load: {error}"
         return
     WITH_CUDA = operators.WITH_CUDA
+    _archs = _build_info.CUDA_ARCHS
     _register_fakes()
 
 

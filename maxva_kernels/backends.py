@@ -95,18 +95,6 @@ class BackendInfo:
     in_auto: Callable[[str], bool] = lambda device_type: True
 
 
-def _no_cuda() -> str | None:
-    if reason := _extension.why_not():
-        return reason
-    if not _extension.WITH_CUDA:
-        return (
-            "the extension was built without CUDA; with the CUDA toolkit and a CUDA build of "
-            "torch installed, build it anew: MAXVA_BUILD_CUDA=1 pip install --no-build-isolation "
-            "--force-reinstall --no-deps maxva-kernels"
-        )
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
 def _extension_backend() -> Backend:
     return OperatorBackend(_extension.operators)
 
@@ -159,7 +147,7 @@ def _no_triton_driver() -> str | None:
 
 #: In order of preference for "auto".
 BACKENDS: dict[str, BackendInfo] = {
-    "cuda": BackendInfo(lambda: ("cuda",), _no_cuda, _extension_backend),
+    "cuda": BackendInfo(lambda: ("cuda",), _extension.why_not_cuda, _extension_backend),
     "triton": BackendInfo(
         _triton_devices,
         _no_triton,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,15 @@ def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     elif layouts.native is None:
         pytest.skip("there is no extension")
     return request.param
+
+
+@pytest.fixture
+def use_isa() -> Iterator[Callable[[str], None]]:
+    """Chooses the instruction set of the CPU kernels for one test, as MAXVA_CPU_ISA at import."""
+    from maxva_kernels import _C
+
+    yield _C.use_cpu_isa
+    _C.use_cpu_isa(os.environ.get("MAXVA_CPU_ISA", ""))
 
 
 @pytest.fixture

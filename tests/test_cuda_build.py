@@ -192,6 +192,25 @@ def test_architectures_as_torch_spells_them() -> None:
         toolkit.torch_arch_list("hopper")
 
 
+@pytest.mark.parametrize(
+    ("known", "visible", "archs"),
+    [
+        ("50 70 75 80 90", [], "7.5;8.0;9.0+PTX"),  # CUDA 12.6
+        ("75 80 90 100 110 103 120 121", [], "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ("50 70 75 80 86 90", [(7, 0), (8, 6)], "7.0;7.5;8.0;9.0+PTX"),
+        ("75 80 90 100 110 120", [(7, 0), (11, 0)], "7.5;8.0;9.0;10.0;11.0;12.0+PTX"),
+    ],
+)
+def test_default_architectures_are_what_the_toolkit_knows(
+    tmp_path: Path, known: str, visible: list[tuple[int, int]], archs: str
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
+    nvcc.chmod(0o755)
+    assert toolkit.default_archs(tmp_path, visible) == archs
+
+
 @pytest.mark.parametrize("archs", ["", "90"])
 def test_cuda_that_is_asked_for_and_not_there_fails_loudly(tmp_path: Path, archs: str) -> None:
     """Without a toolkit or with a CPU torch; where both are there, CUDA_HOME points nowhere."""

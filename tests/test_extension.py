@@ -42,6 +42,49 @@ def test_wrong_torch_is_refused_in_words(
     assert found is None or (reason is not None and reason in found)
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0;9.0", (8, 0), True),
+        ("8.0;9.0", (8, 9), True),
+        ("8.0;9.0", (7, 5), False),
+        ("8.0;9.0", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("9.0+PTX", (12, 0), True),
+        ("9.0+PTX", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("8.0 12.0+PTX", (12, 1), True),
+        ("Hopper", (7, 0), True),  # torch's names are not looked up
+    ],
+)
+def test_which_gpus_run_what_was_compiled(
+    archs: str, capability: tuple[int, int], runs: bool
+) -> None:
+    assert _extension._runs_on(archs, capability) == runs
+
+
+def test_gpu_that_was_not_compiled_for_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(7, 0)]
+    monkeypatch.setattr(_extension, "_reason", None)
+    monkeypatch.setattr(_extension, "WITH_CUDA", True)
+    monkeypatch.setattr(_extension, "_archs", "7.5;8.0+PTX")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Volta")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability[gpu])
+    _extension._why_not_on.cache_clear()
+    message = 'Volta has 7.0; build it anew: MAXVA_CUDA_ARCHS="7.0"'
+    assert message in backends.backends()["cuda"]
+    with pytest.raises(RuntimeError, match="'cuda' is not available.*capability 7.5;8.0"):
+        backends.check_name("cuda")
+    capability[0] = (9, 0)
+    _extension._why_not_on.cache_clear()
+    backends.check_name("cuda")
+    _extension._why_not_on.cache_clear()
+
+
 def test_gpu_without_cuda_kernels_warns_once_and_falls_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

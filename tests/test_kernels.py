@@ -10,6 +10,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -405,10 +407,10 @@ def all_halves(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_every_half_is_read_as_torch_reads_it(
-    dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, isa: str, use_isa: Callable[[str], None]
 ) -> None:
     """Without momentum, m after the first step is the gradient."""
-    monkeypatch.setenv("MAXVA_CPU_ISA", isa)
+    use_isa(isa)
     g = all_halves(dtype)
     p = Parameter(torch.zeros(65536))
     set_grad(p, g)
@@ -423,10 +425,10 @@ def test_every_half_is_read_as_torch_reads_it(
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_parameters_are_rounded_as_torch_rounds_them(
-    dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, isa: str, use_isa: Callable[[str], None]
 ) -> None:
     """Every 16-bit value, the ties between neighbours, and one float above and below each."""
-    monkeypatch.setenv("MAXVA_CPU_ISA", isa)
+    use_isa(isa)
     at = all_halves(dtype).float()
     finite = at[torch.isfinite(at)].sort().values
     largest = finite[-1]
@@ -495,12 +497,12 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set_can_be_chosen(
-    isa: str, algorithm: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, algorithm: str, use_isa: Callable[[str], None]
 ) -> None:
     """Each set that this machine has is really used, and is exact, for every type and option."""
     from maxva_kernels import _C
 
-    monkeypatch.setenv("MAXVA_CPU_ISA", isa)
+    use_isa(isa)
     assert _C.cpu_isa() == isa
     for options in (
         {},
@@ -518,29 +520,50 @@ def test_instruction_set_can_be_chosen(
     check_step(problem, "cpu")
 
 
-def test_widest_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    from maxva_kernels import _C
+def _step_in_a_process(isa: str | None) -> subprocess.CompletedProcess[str]:
+    """A process of its own with MAXVA_CPU_ISA: prints the set in use, takes a step."""
+    environment = {name: value for name, value in os.environ.items() if name != "MAXVA_CPU_ISA"}
+    if isa is not None:
+        environment["MAXVA_CPU_ISA"] = isa
+    program = """
+import os, torch
+from maxva_kernels import _C, FusedMAdam
+p = torch.nn.Parameter(torch.ones(10))
+p.grad = torch.ones(10)
+optimizer = FusedMAdam([p], backend="cpu")
+os.environ["MAXVA_CPU_ISA"] = "baseline"  # too late: it is read at import
+try:
+    optimizer.step()
+finally:
+    print("untouched" if torch.equal(p, torch.ones(10)) and not optimizer.state[p] else "moved")
+print(_C.cpu_isa())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
 
-    monkeypatch.delenv("MAXVA_CPU_ISA", raising=False)
-    assert _C.cpu_isa() == ISAS[-1]
-    monkeypatch.setenv("MAXVA_CPU_ISA", "")
-    assert _C.cpu_isa() == ISAS[-1]
+
+@pytest.mark.parametrize("isa", [None, "", *ISAS])
+def test_instruction_set_is_read_at_import(isa: str | None) -> None:
+    """The widest where none is named."""
+    run = _step_in_a_process(isa)
+    assert run.stdout.split() == ["moved", isa or ISAS[-1]], run.stderr
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "neon", *({"avx2", "avx512"} - set(ISAS))])
 def test_instruction_set_that_is_not_there_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, use_isa: Callable[[str], None]
 ) -> None:
-    problem = realistic_problem([(10,)])
-    opt = problem.optimizer("cpu")
-    before = snapshot(opt)
-    monkeypatch.setenv("MAXVA_CPU_ISA", name)
+    run = _step_in_a_process(name)
+    assert run.returncode != 0
+    assert run.stdout.split() == ["untouched"]
+    assert re.search(f"RuntimeError: MAXVA_CPU_ISA={name}: .*use baseline", run.stderr)
+    use_isa("baseline")
     with pytest.raises(RuntimeError, match=f"MAXVA_CPU_ISA={name}.*baseline"):
-        opt.step()
-    assert same_bits(before, snapshot(opt))
-    monkeypatch.delenv("MAXVA_CPU_ISA")
-    opt.step()
-    assert same_bits(snapshot(opt), results(problem))
+        use_isa(name)
+    from maxva_kernels import _C
+
+    assert _C.cpu_isa() == "baseline"
 
 
 @pytest.mark.skipif(
@@ -548,13 +571,13 @@ def test_instruction_set_that_is_not_there_is_refused(
 )
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_avx2_and_avx512_give_the_same_bits(
-    dtype: torch.dtype, algorithm: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, algorithm: str, use_isa: Callable[[str], None]
 ) -> None:
     for options in ({}, {"amsgrad": True, "nesterov": True, "weight_decay": 0.1}, L2):
         problem = realistic_problem([(1001,), (33, 130)], algorithm, dtype=dtype, **options)
-        monkeypatch.setenv("MAXVA_CPU_ISA", "avx2")
+        use_isa("avx2")
         narrow = results(problem, grad_scale=3.0)
-        monkeypatch.setenv("MAXVA_CPU_ISA", "avx512")
+        use_isa("avx512")
         assert same_bits(narrow, results(problem, grad_scale=3.0))
 
 
@@ -1051,6 +1074,26 @@ def test_valid_operator_arguments_do_work() -> None:
         )
 
 
+def test_whatever_is_written_counts_and_has_a_new_version() -> None:
+    """Groups' counters and tables of the caller's, too, in both phases of a step."""
+    arguments = operator_arguments(trust_ratio=True)
+    counter = torch.tensor([3], dtype=torch.int32)
+    norms, statistics = (torch.zeros(2, k, dtype=torch.float64) for k in (2, 5))
+    arguments |= {"group_step": [counter], "norms": norms, "statistics": statistics}
+    for phase, counted in ((1, 0), (2, 1)):
+        call(arguments | {"phase": phase})
+        assert counter.item() == 3 + counted
+        assert norms._version == statistics._version == phase
+    assert counter._version > 0
+    assert arguments["step"][0]._version > 0
+    control = torch.zeros(3, dtype=torch.float64)
+    torch.ops.maxva.write_control_(control, torch.ones(1).double(), None, None, 1.0, False)
+    assert control._version == 1
+    control[0] = 1.0
+    call(arguments | {"control": control})
+    assert counter.item() == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1088,8 +1131,8 @@ def test_sum_of_squares_refuses_bad_arguments() -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_sum_of_squares(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MAXVA_CPU_ISA", isa)
+def test_sum_of_squares(dtype: torch.dtype, isa: str, use_isa: Callable[[str], None]) -> None:
+    use_isa(isa)
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(40000, generator=generator).to(dtype)
     g = [base, base[:0], base[1:8], base[:600].view(20, 30).t(), base[5], base[:50:3]]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -253,18 +252,10 @@ def test_a_nonfinite_gradient_stays_in_its_coordinate(state_dtype: str, algorith
     assert torch.equal(once.theta[0][3], batch.theta[0][3])
 
 
-@pytest.fixture
-def isa() -> Iterator[None]:
-    before = os.environ.get("MAXVA_CPU_ISA")
-    yield
-    os.environ.pop("MAXVA_CPU_ISA", None)
-    if before is not None:
-        os.environ["MAXVA_CPU_ISA"] = before
-
-
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
-@pytest.mark.usefixtures("isa")
-def test_the_same_bits_from_threads_and_instruction_sets(state_dtype: str, algorithm: str) -> None:
+def test_the_same_bits_from_threads_and_instruction_sets(
+    state_dtype: str, algorithm: str, use_isa: Callable[[str], None]
+) -> None:
     batch = make_batch([*SHAPES, (700, 131)], state_dtype, algorithm, amsgrad=True, statistics=True)
     expected = copied(batch)
     take_step(kernels(), expected, algorithm)
@@ -275,7 +266,7 @@ def test_the_same_bits_from_threads_and_instruction_sets(state_dtype: str, algor
     assert torch.equal(found.statistics, expected.statistics)
     torch.set_num_threads(1)
     for name in ISAS:
-        os.environ["MAXVA_CPU_ISA"] = name
+        use_isa(name)
         found = copied(batch)
         take_step(kernels(), found, algorithm)
         if name == "baseline":  # without fused multiply-add

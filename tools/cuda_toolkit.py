@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -55,6 +56,26 @@ def torch_arch_list(archs: str) -> str:
             raise ValueError(f"MAXVA_CUDA_ARCHS={archs!r}: {arch!r} is not like 90 or 120+PTX")
         names.append(f"{match[1]}.{match[2]}{match[3] or ''}")
     return ";".join(names)
+
+
+#: Compiled for unless MAXVA_CUDA_ARCHS says otherwise; code of 8.0 runs on 8.x, and so on.
+DEFAULT_ARCHS = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
+
+
+def default_archs(root: Path, visible: Iterable[tuple[int, int]] = ()) -> str:
+    """What this toolkit can compile for of DEFAULT_ARCHS and of visible GPUs that these leave out.
+
+    The last one's PTX is kept, too, for GPUs to come.
+    """
+    run = subprocess.run(
+        [root / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+    )
+    known = {divmod(int(arch), 10) for arch in re.findall(r"compute_(\d+)", run.stdout)}
+    archs = set(DEFAULT_ARCHS) & known
+    for major, minor in set(visible) & known:
+        if not any((major, k) in archs for k in range(minor + 1)):
+            archs.add((major, minor))
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(archs)) + "+PTX"
 
 
 if __name__ == "__main__":

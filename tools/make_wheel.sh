@@ -6,7 +6,7 @@
 #   VENV_WHEEL=.venv-wheel     where it lies; reused where it has the torch asked for
 #   TORCH_CUDA='torch==2.12.1' a CUDA build of torch, with pip options if need be
 #   CUDA_HOME=/usr/local/cuda  the toolkit; else that of the nvcc on PATH
-#   MAXVA_CUDA_ARCHS="80;90;100;120+PTX"   GPU architectures
+#   MAXVA_CUDA_ARCHS="80;90+PTX"   GPU architectures; else those of setup.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
