@@ -26,6 +26,14 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
+# an environment keeps the torch that it was made with
+MADE_WITH := $(file <$(STAMPS)/torch)
+ifneq ($(origin TORCH),file)
+ifneq ($(MADE_WITH),$(if $(MADE_WITH),$(TORCH)))
+$(error $(VENV) was made with TORCH=$(MADE_WITH); choose another folder: VENV=...)
+endif
+endif
+
 .PHONY: help test test-external test-failure test-oldest-triton pretrain compare reproduce compact-study profile bench wheel gpu lint clean
 
 help:
@@ -41,7 +49,7 @@ ifneq ($(VENV),none)
 	$(PIP) $(TORCH)
 	$(PIP) $(BUILD_TOOLS)
 endif
-	@mkdir -p $(STAMPS) && touch $@
+	@mkdir -p $(STAMPS) && touch $@ && printf '%s' '$(TORCH)' > $(STAMPS)/torch
 
 $(STAMPS)/extension: $(STAMPS)/dependencies setup.py $(wildcard csrc/*)
 ifeq ($(VENV),none)

@@ -111,7 +111,7 @@ static_assert(sizeof(UpdateLaunch) <= 32764 && sizeof(NormLaunch) <= 32764);
 
 // Of an address where kVector elements of this many bytes move at once, in accesses of 16 bytes or
 // fewer.
-constexpr int vector_alignment(int element_size) {
+MAXVA_THREAD_CODE constexpr int vector_alignment(int element_size) {
   return element_size * kVector < 16 ? element_size * kVector : 16;
 }
 

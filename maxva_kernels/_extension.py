@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ _archs: str | None = None
 #: The module with the operators of torch.ops.maxva, without autograd: csrc/python_call.h.
 operators: Any = None
 _reason: str | None = None
-_ANEW = "pip install --no-build-isolation --force-reinstall --no-deps maxva-kernels"
+_ANEW = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout)"
+_FOLDER = Path(__file__).parent
+SOURCE_TREE = "leave the folder of this source tree, if it hides an installed package"
 
 
 def why_not() -> str | None:
@@ -96,9 +99,10 @@ def _load() -> None:
         from maxva_kernels import _build_info
     except ImportError:
         _reason = (
-            "this installation has no compiled extension; reinstall with a C++ compiler: "
-            "pip install --no-build-isolation maxva-kernels"
+            f"there is no compiled extension in {_FOLDER}; with a C++ compiler, build it: {_ANEW}"
         )
+        if (_FOLDER.parent / "setup.py").is_file():
+            _reason += f"; or {SOURCE_TREE}"
         return
     # checked before loading: an extension of another torch fails with an undefined symbol
     if wrong := _wrong_torch(_build_info.TORCH_VERSION, _build_info.CUDA_VERSION):

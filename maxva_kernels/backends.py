@@ -110,6 +110,8 @@ def _no_triton_kernels() -> str | None:
         importlib.import_module("triton.language")
         _import_triton_kernels()
     except Exception as error:  # a broken installation may raise anything
+        if str(getattr(error, "name", "")).startswith("maxva_kernels"):
+            return f"{error}; {_extension.SOURCE_TREE}"
         return (
             f"Triton does not load ({type(error).__name__}: {error}); install one that this "
             f"torch works with: pip install triton"
@@ -185,10 +187,11 @@ def _made(name: str) -> Backend:
 
 
 @functools.cache  # once per process
-def _warn_without_cuda(instead: str, reason: str) -> None:
+def _warn_of_fallback(device_type: str, instead: str, reason: str) -> None:
+    where = "a GPU" if device_type == "cuda" else "the CPU"
     warnings.warn(
-        f"parameters on a GPU are updated by the {instead!r} backend, because the CUDA kernels "
-        f"are not available: {reason}",
+        f"parameters on {where} are updated by the {instead!r} backend, because the C++ kernels "
+        f"for it are not available: {reason}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -212,8 +215,9 @@ def find_backend(name: str, device_type: str) -> Backend:
             and _serves(candidate, device_type)
             and info.why_not() is None
         )
-        if device_type == "cuda" and (reason := BACKENDS["cuda"].why_not()):
-            _warn_without_cuda(name, reason)
+        best = BACKENDS.get(device_type)  # "cuda" and "cpu" are devices, too
+        if best is not None and (reason := best.why_not()):
+            _warn_of_fallback(device_type, name, reason)
     elif not _serves(name, device_type):
         raise ValueError(
             f"backend {name!r} does not serve parameters on {device_type!r}; "

@@ -33,6 +33,9 @@ class Statistic(enum.IntEnum):
     STEP_SIZE = 4
 
 
+#: Of parameters and gradients.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 #: Fields of the control block, float64 on the gradients' device.
 SKIP, CLIP_FACTOR, GRAD_NORM, CONTROL_FIELDS = range(4)
 
@@ -100,6 +103,11 @@ def check_tensors(batch: Batch, unscales: bool) -> None:
     For plain torch code; the operators check for themselves.
     """
     for theta, g in zip(batch.theta, batch.g, strict=True):
+        if theta.dtype not in DTYPES or g.dtype not in DTYPES:
+            raise TypeError(
+                f"a parameter is {theta.dtype}, its gradient {g.dtype}; float32, float64, bfloat16 "
+                f"and float16 are supported"
+            )
         _check_writable(theta, "a parameter")
         if g.shape != theta.shape or g.device != theta.device or g.layout is not torch.strided:
             raise ValueError(

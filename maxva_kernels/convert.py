@@ -80,7 +80,7 @@ def _converted(
 
 def _state(t: int, m: Tensor, u: Tensor, v: Tensor, w: Any) -> dict[str, Tensor]:
     return {
-        "step": torch.tensor(float(t)),
+        "step": torch.tensor(float(t), device="cpu"),
         "exp_avg": m,
         "maxva_avg": u,
         "exp_avg_sq": v,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ STATE_DTYPES = ("float32", *WORD_DTYPE)
 
 #: Options that concern the whole optimizer: groups must agree on them.
 SHARED = ("max_grad_norm", "skip_nonfinite")
+
+#: A scheduler that ends at 0 may land this far below it, by rounding; that counts as 0.
+_LR_ROUNDING = 1e-12
+
+#: beta_min below this is a hint that it was meant as eps, AdamW's and FusedAdam's next argument.
+_IMPLAUSIBLE_BETA_MIN = 1e-4
 
 #: Fields of a row after lr, in the order of `struct Hyper` in csrc/step_scalars.h.
 ROW = (
@@ -52,12 +59,32 @@ def _require(holds: bool, name: str, value: Any, what: str) -> None:
 
 
 def check_lr(lr: Any) -> None:
-    """Raises ValueError unless lr is a finite number >= 0 or a one-element tensor."""
+    """Raises ValueError unless lr is a finite number >= 0 (or rounded to below it) or a tensor."""
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1:  # torch's words
             raise ValueError(f"lr: Tensor lr must be 1-element, has shape {tuple(lr.shape)}")
     else:
-        _require(0 <= lr < math.inf, "lr", lr, "finite and >= 0")
+        _require(-_LR_ROUNDING <= lr < math.inf, "lr", lr, "finite and >= 0")
+
+
+def check_given_lr(lr: Any) -> None:
+    """As check_lr, for what the caller gives: the value of a tensor, too, and no rounding."""
+    check_lr(lr)
+    if not isinstance(lr, torch.Tensor):
+        _require(lr >= 0, "lr", lr, "finite and >= 0")
+    elif type(lr.detach()) is torch.Tensor and lr.device.type != "meta":
+        _require(0 <= lr.item() < math.inf, "lr", lr, "finite and >= 0")
+
+
+def warn_of_eps(beta_min: float, beta_high: float, stacklevel: int) -> None:
+    """Warns where beta_min looks like an eps that was passed by position."""
+    if beta_min < _IMPLAUSIBLE_BETA_MIN <= beta_high:
+        warnings.warn(
+            f"beta_min={beta_min!r} hardly bounds beta_t; if it was meant as eps, pass eps by "
+            f"keyword: the argument after betas is beta_min",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def hyper_row(group: dict[str, Any]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The optimizers: what a step is made of, in the order of docs/algorithm.md section 2.
+"""The optimizers: what a step is made of, in the order of docs/algorithm.md, "One step, as a protocol".
 
     step() -> _collect (states, batches) -> Sharding.localize (DTensors to local parts) ->
     _write_controls (one read of the gradients, if clipping or skipping needs it) ->
@@ -25,6 +25,7 @@ from maxva_kernels import rounding
 from maxva_kernels.backends import check_name, find_backend
 from maxva_kernels.batch import (
     CONTROL_FIELDS,
+    DTYPES,
     SKIP,
     STATE_KEYS,
     Backend,
@@ -32,13 +33,21 @@ from maxva_kernels.batch import (
     Phase,
     is_expanded,
 )
-from maxva_kernels.hyper import SHARED, check_lr, describe, hyper_row
-from maxva_kernels.sharding import NormGroup, Sharding
+from maxva_kernels.hyper import (
+    SHARED,
+    check_given_lr,
+    check_lr,
+    describe,
+    hyper_row,
+    warn_of_eps,
+)
+from maxva_kernels.sharding import NormGroup, Sharding, is_made_of_others
 from maxva_kernels.state import (
     FP32_STATE_BELOW,
     Forms,
     Shield,
     are_complete,
+    check_fits,
     completed,
     has_moments,
     in_form,
@@ -53,7 +62,6 @@ from maxva_kernels.statistics import StepStatistics
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 #: Group keys that a loaded state dict does not bring along.
 _KEPT = ("state_dtype", "fp32_state_below")
-_DTYPES = (torch.float32, torch.float64, *_LOW_PRECISION)
 
 
 class Options(TypedDict, total=False):
@@ -165,8 +173,9 @@ class MaxVA(Optimizer):
             "differentiable": False,
             "step": 0,
         }
-        check_lr(lr)
+        check_given_lr(lr)
         hyper_row(defaults)
+        warn_of_eps(beta_min, betas[1], 3 + (type(self).__init__ is not MaxVA.__init__))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -174,8 +183,10 @@ class MaxVA(Optimizer):
 
         Raises:
             ValueError: a hyper-parameter is out of range, or differs from the other groups' where
-                it concerns the whole optimizer (max_grad_norm, skip_nonfinite).
-            TypeError: a parameter is complex or not a float32, float64, bfloat16 or float16.
+                it concerns the whole optimizer (max_grad_norm, skip_nonfinite: by default as they
+                have it).
+            TypeError: a parameter is complex or not a float32, float64, bfloat16 or float16, or a
+                tensor subclass made of others (but for DTensors, and on the eager backend).
         """
         if "norm_process_group" in param_group:
             raise ValueError(
@@ -183,17 +194,21 @@ class MaxVA(Optimizer):
                 "passes it to groups (ZeroRedundancyOptimizer) takes optimizer_class="
                 "functools.partial(FusedMAdam, norm_process_group=...)"
             )
+        if "backend" in param_group:
+            raise ValueError("backend concerns the optimizer and is no group key")
         given = set(param_group)
+        for name in SHARED if self.param_groups else ():
+            param_group.setdefault(name, self.param_groups[0][name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            if "lr" not in given and isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].clone()  # the default must not be shared between groups
+            self._place_group_tensors(group)
         except Exception:
             self.param_groups.pop()
             raise
-        if "lr" not in given and isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].clone()  # the default must not be shared between groups
-        self._place_group_tensors(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` returned, as `torch.optim.Optimizer.load_state_dict`.
@@ -265,12 +280,18 @@ class MaxVA(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _check_options(group, self.param_groups[0])
+        check_given_lr(group["lr"])
         for index, p in enumerate(group["params"]):
-            if p.dtype not in _DTYPES:
+            if p.dtype not in DTYPES:
                 kind = "complex parameters are" if p.is_complex() else f"{p.dtype} is"
                 raise TypeError(
                     f"{describe(group, index, p)}: {kind} not supported; use float32, float64, "
                     f"bfloat16 or float16"
+                )
+            if is_made_of_others(p) and self._find(p.device) is not find_backend("eager", "cpu"):
+                raise TypeError(
+                    f"{describe(group, index, p)} is a {type(p).__name__}, made of other tensors; "
+                    f"kernels take plain tensors and DTensors, use backend='eager'"
                 )
 
     def _place_group_tensors(self, group: dict[str, Any], move_lr: bool = False) -> None:
@@ -292,8 +313,7 @@ class MaxVA(Optimizer):
         """
         step = group["step"]
         if device.type in ("cpu", "meta"):
-            if isinstance(step, Tensor):
-                group["step"] = int(step)
+            group["step"] = int(step)
         elif not isinstance(step, Tensor) or step.device != device or step.numel() != 1:
             group["step"] = torch.tensor([int(step)], dtype=torch.int32, device=device)
 
@@ -303,14 +323,24 @@ class MaxVA(Optimizer):
             set_to_none = self.defaults.get("set_grad_none", True)
         super().zero_grad(set_to_none=set_to_none)
 
-    def setup_fp32_params(self) -> None:
+    def setup_fp32_params(self, refresh: bool = False) -> None:
         """Makes the float32 master weights now instead of at the first step.
 
         Call it when the parameters have their starting values (after DDP has broadcast them).
         Does nothing where no parameter needs one. Else all states are made, those of float32
         parameters as well: torch.distributed.checkpoint takes an optimizer that has any state for
         one that has all of it.
+
+        Args:
+            refresh: take over the parameters' values into master weights that exist already. A step
+                moves the master weight and rounds it into the parameter, so that values written
+                there by others (`model.load_state_dict`) are lost without this.
         """
+        if refresh:
+            with torch.no_grad():
+                for p in self.state:
+                    if isinstance(p, Tensor) and "master_param" in self.state[p]:
+                        self.state[p]["master_param"].copy_(p)
         complete: list[tuple[Tensor, dict[str, Any]]] = []
         makes_master = False
         for group in self.param_groups:
@@ -365,7 +395,7 @@ class MaxVA(Optimizer):
         return statistics.read(self.param_groups, collecting, sharding)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; see docs/algorithm.md section 2.
+        """Updates every parameter that has a gradient.
 
         Nothing is read back to the host. Under `torch.amp.GradScaler` the gradients are unscaled
         and the step is skipped on overflow inside the same pass.
@@ -403,13 +433,13 @@ class MaxVA(Optimizer):
             if any(self._collecting()):
                 statistics = self._statistics = self._statistics or StepStatistics()
                 capturing = any(_is_capturing(batch.device) for batch in batches)
-                count = sum(len(group["params"]) for group in self.param_groups)
-                statistics.attach(batches, count, capturing)
+                params = [p for group in self.param_groups for p in group["params"]]
+                statistics.attach(batches, params, capturing)
             sharding.localize(batches, isinstance(getattr(self, "grad_scale", None), Tensor))
             if (replaced or sharding.spans_ranks) and self._observes_nothing(
                 batches, replaced, sharding
             ):
-                self._refuse_gradients()  # no backend is asked
+                self._refuse_tensors()  # no backend is asked
                 return
             controls = self._write_controls(batches, sharding)
             counted = self._update(batches, controls, sharding, replaced)
@@ -418,7 +448,7 @@ class MaxVA(Optimizer):
                 _refill(self.state[p], before)
                 if not before:
                     del self.state[p]
-            self._refuse_gradients()
+            self._refuse_tensors()
             raise
         self._count_groups(controls, counted)
         if statistics is not None:
@@ -432,8 +462,8 @@ class MaxVA(Optimizer):
         first = self.param_groups[0]
         return [_check_options(group, first) for group in self.param_groups]
 
-    def _refuse_gradients(self) -> None:
-        """Raises for a gradient that no backend takes, and names its parameter.
+    def _refuse_tensors(self) -> None:
+        """Raises for a gradient or a state that no backend takes, and names its parameter.
 
         The backends check every tensor before they move any; this says more, once one has refused.
         """
@@ -441,7 +471,14 @@ class MaxVA(Optimizer):
         for group in self.param_groups:
             for index, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    _check_gradient(describe(group, index, p), p, p.grad, unscales)
+                    described = describe(group, index, p)
+                    if is_expanded(p):
+                        raise ValueError(
+                            f"{described} is expanded (strides {p.stride()}) and cannot be "
+                            f"written; clone it first"
+                        ) from None
+                    _check_gradient(described, p, p.grad, unscales)
+                    check_fits(described, p, self.state.get(p, {}))
 
     def _collect(
         self, rows: list[tuple[float, ...]], replaced: list[tuple[Tensor, dict[str, Any]]]
@@ -532,7 +569,7 @@ class MaxVA(Optimizer):
             # a CPU lr beside device parameters is known on the host
             lr = float(lr) if lr.device.type == "cpu" else lr.to(batch.device)
         host_lr = not isinstance(lr, Tensor)
-        batch.hyper.extend((lr if host_lr else math.nan, *row))
+        batch.hyper.extend((max(lr, 0.0) if host_lr else math.nan, *row))
         batch.lr.append(None if host_lr else lr)
         batch.group_sizes.append(0)
         batch.groups.append(index)
@@ -553,7 +590,7 @@ class MaxVA(Optimizer):
         """
         for group in self.param_groups:
             lr = group["lr"]
-            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr > 0:
                 return False
         if any(_is_capturing(batch.device) for batch in batches):
             return False
@@ -675,7 +712,8 @@ class FusedMAdam(MaxVA):
     """MAdam (Zhu et al., Alg. 1): Adam whose beta_2 maximises the observed variance, fused.
 
     One memory pass per step over parameter, gradient and the four states. A call written for
-    `torch.optim.AdamW` or `apex.optimizers.FusedAdam` works with the class name changed.
+    `torch.optim.AdamW` or `apex.optimizers.FusedAdam` works with the class name changed, its
+    arguments after betas by keyword.
 
     Parameters may be DTensors (FSDP2, tensor parallelism): their states are, too, and norms are
     those of whole tensors. With FSDP1 trust_ratio, max_grad_norm, skip_nonfinite and collect_stats
@@ -838,6 +876,8 @@ def _check_options(group: dict[str, Any], first: dict[str, Any]) -> tuple[float,
     """Checks a group's options on their own and beside the first group's; returns its row."""
     check_lr(group["lr"])
     row = hyper_row(group)
+    if group["differentiable"]:
+        raise ValueError("differentiable must be False: no step here can be differentiated")
     if group["stochastic_rounding"]:
         rounding.check(group)
     for name in SHARED:
@@ -855,6 +895,11 @@ def _check_gradient(described: str, p: Tensor, g: Tensor, unscales: bool) -> Non
         raise RuntimeError(
             f"{described}: its gradient is {g.layout}; MaxVA does not support sparse gradients, "
             f"make it dense (for an embedding: sparse=False)"
+        ) from None
+    if g.dtype not in DTYPES:
+        raise TypeError(
+            f"{described}: its gradient is {g.dtype}; it must be float32, float64, bfloat16 or "
+            f"float16"
         ) from None
     if g.shape != p.shape or g.device != p.device:
         raise ValueError(
@@ -885,4 +930,9 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # not initialized: a fake tensor
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_initialized()
+        and torch.cuda.is_current_stream_capturing()
+    )

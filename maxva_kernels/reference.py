@@ -189,7 +189,7 @@ class EagerBackend:
             g = g * control[CLIP_FACTOR]
         if h["maximize"]:
             g = -g
-        if not h["adam_w_mode"]:
+        if not h["adam_w_mode"] and h["weight_decay"]:  # as in the kernels, whatever theta is
             g = g + h["weight_decay"] * theta
 
         # compact states move in the last phase only: they are rounded once

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from maxva_kernels.batch import STATE_KEYS, Batch, Statistic
 from maxva_kernels.compact import BLOCK, num_blocks, rows_are_dense
@@ -41,6 +42,11 @@ def holds_dtensor(tensors: list[Tensor]) -> bool:
     """Whether any tensor is a DTensor."""
     cls = _dtensor()
     return cls is not None and _holds(cls, tensors)
+
+
+def is_made_of_others(tensor: Tensor) -> bool:
+    """Whether an operator is called once per inner tensor: a wrapper subclass, but no DTensor."""
+    return is_traceable_wrapper_subclass(tensor) and not holds_dtensor([tensor])
 
 
 def _holds(cls: type[Any], tensors: list[Tensor]) -> bool:

@@ -167,6 +167,8 @@ def are_complete(
     for key in needed:
         if False in [key in state for state in states]:
             return False
+    if not has_master and True in ["master_param" in state for state in states]:
+        return False  # it would be out of date when it is used again
     if compact is None:
         return True
     if not amsgrad and True in [PACKED_MAXIMUM in state for state in states]:
@@ -199,7 +201,8 @@ def completed(
 ) -> dict[str, Any]:
     """A state for a step of p: `state`, converted to the form `compact`, and zeros it lacks.
 
-    Shares tensors with `state` and does not change it.
+    Without what such a step would not keep up to date. Shares tensors with `state` and does not
+    change it.
     """
     new = in_form(p, state, compact, algorithm)
     if compact is None:
@@ -217,7 +220,9 @@ def completed(
             new[PACKED_MAXIMUM] = _zeros(p, PACKED_MAXIMUM, MAXIMUM_DTYPE[compact])
     if "step" not in new:
         new["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-    if has_master and "master_param" not in new:
+    if not has_master:
+        new.pop("master_param", None)
+    elif "master_param" not in new:
         new["master_param"] = new_master(p)
     return new
 
@@ -350,7 +355,7 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
             if key in (*MOMENTS, *COMPACT):
                 raise ValueError(f"{described}: the loaded {key} is no tensor but {value!r}")
             continue
-        if key == SCALE:
+        if key == SCALE or key not in (*_STREAMS, "step"):  # checked below, or somebody else's
             continue
         if value.shape != p.shape and (key != "step" or value.numel() != 1):
             raise ValueError(
@@ -430,15 +435,39 @@ def _check_scale(described: str, p: Tensor, values: dict[str, Any]) -> None:
         )
 
 
+def check_fits(described: str, p: Tensor, state: dict[str, Any]) -> None:
+    """Raises where p has another shape or precision than its state was made for."""
+    for key in (*MOMENTS, MAXIMUM, PACKED, PACKED_MAXIMUM, "master_param"):
+        value = state.get(key)
+        if value is None:
+            continue
+        dtype = value.dtype if key in COMPACT else state_dtype(p)
+        if value.shape != p.shape or value.dtype != dtype or value.device != p.device:
+            raise ValueError(
+                f"{described}, {p.dtype} on {p.device}: its {key} has shape {tuple(value.shape)} "
+                f"and is {value.dtype} on {value.device}; delete optimizer.state[p], or load a "
+                f"state that fits"
+            ) from None
+
+
 def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
-    """Puts a loaded state on p's device and in the precision that it has there."""
+    """Puts a loaded state on p's device, in the precision and layout that it has there."""
     if key == "step":
         return value.to(dtype=torch.float32, device=p.device).reshape(())
     if key == SCALE:
         return value.to(device=p.device).contiguous()
     dtype = value.dtype if key in COMPACT else state_dtype(p)
+    if key not in _STREAMS:
+        return value.to(dtype=dtype, device=p.device)
     value = value.to(dtype=dtype, device=p.device)
-    return moved_apart(value, p, _STREAMS[key]) if key in _STREAMS else value
+    if key not in COMPACT and not _lies_as(p, value):
+        return empty_apart(p, p, _STREAMS[key], dtype).copy_(value)
+    return moved_apart(value, p, _STREAMS[key])
+
+
+def _lies_as(p: Tensor, value: Tensor) -> bool:
+    """Whether a step takes the value's layout as it is; of what no copy could do better, True."""
+    return same_layout(local(value), torch.empty_like(local(p), device="meta"))
 
 
 def new_master(p: Tensor) -> Tensor:

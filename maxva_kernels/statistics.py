@@ -9,6 +9,7 @@ Nothing is read back to the host, or sent to other ranks, before somebody asks.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -29,22 +30,28 @@ class StepStatistics:
     def __init__(self) -> None:
         # per device: float64 [parameters of the optimizer, len(Statistic)], NaN without a gradient
         self._rows: dict[torch.device, Tensor] = {}
+        self._params: list[Tensor] = []  # whose rows these are
         self._skipped: dict[torch.device, Tensor] = {}
         # per device: which rows the batches of a step fill, and the same on the device
         self._places: dict[torch.device, tuple[list[int], Tensor]] = {}
         self._captured: list[Tensor] = []  # what a graph reads and nobody else holds
 
-    def attach(self, batches: list[Batch], num_parameters: int, capturing: bool) -> None:
-        """Gives every batch a table that its update is to fill.
+    def attach(self, batches: list[Batch], params: list[Tensor], capturing: bool) -> None:
+        """Gives every batch a table that its update is to fill; `params` are the optimizer's.
 
         Raises:
             RuntimeError: a graph is being captured, and the step before it had other gradients;
                 every replay would begin the statistics anew.
         """
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        if not same and not capturing:
+            self._params = params
+            for rows in self._rows.values():
+                rows.fill_(math.nan)
         for device in dict.fromkeys(batch.device for batch in batches):
             filled = [i for batch in batches if batch.device == device for i in batch.parameters]
             rows, place = self._rows.get(device), self._places.get(device)
-            fits = rows is not None and len(rows) >= num_parameters
+            fits = rows is not None and len(rows) >= len(params) and (same or not capturing)
             if fits and place is not None and place[0] == filled:
                 if capturing:
                     self._captured.append(place[1])
@@ -54,10 +61,10 @@ class StepStatistics:
                     "collect_stats has no place for these parameters' statistics yet while a CUDA "
                     "graph is being captured. Run a step with the same gradients before the capture"
                 )
-            if rows is None or len(rows) < num_parameters:
+            if rows is None or len(rows) < len(params):
                 if rows is not None:
                     self._captured.append(rows)
-                self._rows[device] = _unknown(num_parameters, device)
+                self._rows[device] = _unknown(len(params), device)
                 self._skipped.setdefault(device, torch.zeros_like(self._rows[device][0, 0]))
             self._places[device] = filled, _on_device(filled, device)
         for batch in batches:
@@ -84,17 +91,21 @@ class StepStatistics:
         self, param_groups: list[dict[str, Any]], collecting: list[bool], sharding: Sharding
     ) -> list[dict[str, float]]:
         """What MaxVA.stats returns. Waits for the device, and for other ranks where sharded."""
-        params = [p for group in param_groups for p in group["params"]]
-        group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
+        params = self._params
+        group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
         tables = [rows.clone() for rows in self._rows.values()]
         sharding.sum_statistics([(params[: len(rows)], rows) for rows in tables])
-        totals = torch.zeros(len(param_groups), 1 + len(Statistic), dtype=torch.float64)
+        totals = torch.zeros(
+            len(param_groups), 1 + len(Statistic), dtype=torch.float64, device="cpu"
+        )
         for rows in tables:
             values = rows.cpu()
             known = (~values[:, Statistic.ONE_MINUS_BETA].isnan()).nonzero().flatten().tolist()
             for i in known:
-                totals[group_of[i], 0] += params[i].numel()
-                totals[group_of[i], 1:] += values[i]
+                k = group_of.get(params[i])
+                if k is not None:  # removed since
+                    totals[k, 0] += params[i].numel()
+                    totals[k, 1:] += values[i]
         totals = sharding.sum_over_norm_group(totals)
         skipped = max((int(count) for count in self._skipped.values()), default=0)
         return [
@@ -110,7 +121,8 @@ def _unknown(num_parameters: int, device: torch.device) -> Tensor:
 
 def _on_device(indices: list[int], device: torch.device) -> Tensor:
     """Copied without waiting."""
-    host = torch.tensor(indices, dtype=torch.int64, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    host = torch.tensor(indices, dtype=torch.int64, device="cpu", pin_memory=pinned)
     return host.to(device, non_blocking=True)
 
 

@@ -48,7 +48,7 @@ class Coordinates:
 
 
 class Definition:
-    """Steps any number of tensors, as docs/algorithm.md section 1 defines it."""
+    """Steps any number of tensors, as docs/algorithm.md defines it."""
 
     def __init__(self, algorithm: str, **options: Any) -> None:
         self.algorithm = algorithm

@@ -2,7 +2,7 @@
 
 Truth is the definition in a wider precision. theta and m: the largest error of a tensor is at most
 twice that of the eager reference in the same precision, plus a floor. u, v, w: every element is
-inside the envelope of Eq. 6 under perturbed inputs (docs/algorithm.md section 3).
+inside the envelope of Eq. 6 under perturbed inputs (_check_envelope).
 """
 
 from __future__ import annotations

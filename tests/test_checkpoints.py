@@ -252,6 +252,30 @@ def test_loading_copies_nothing_that_is_in_place():
             assert value.data_ptr() == saved["state"][index][key].data_ptr(), key
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (64, 64, 9, 9)], ids=["small", "large"])
+def test_loaded_states_take_the_layout_of_their_parameter(shape):
+    """Else every step would go through temporaries."""
+    p = torch.nn.Parameter(torch.ones(shape))
+    optimizer = FusedMAdam([p])
+    p.grad = torch.randn(shape)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    q = torch.nn.Parameter(p.detach().to(memory_format=torch.channels_last))
+    other = FusedMAdam([q])
+    other.load_state_dict(saved)
+    for key, value in other.state[q].items():
+        assert torch.equal(value, saved["state"][0][key])
+        assert key == "step" or value.stride() == q.stride()
+    slice_of = torch.nn.Parameter(torch.ones(2, *shape)[:, 0])  # no copy is laid out like it
+    other = FusedMAdam([slice_of])
+    slice_of.grad = torch.ones_like(slice_of)
+    other.step()
+    saved = copy.deepcopy(other.state_dict())
+    other.load_state_dict(saved)
+    for key, value in other.state[slice_of].items():
+        assert value.data_ptr() == saved["state"][0][key].data_ptr()
+
+
 def test_what_others_keep_in_a_dict_is_kept():
     params = make_params()
     optimizer = FusedMAdam(params)
@@ -259,12 +283,14 @@ def test_what_others_keep_in_a_dict_is_kept():
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"]["of no parameter"] = 5
     saved["state"][0]["note"] = torch.ones(5, 7)
+    saved["state"][0]["noise_scale"] = torch.tensor(2.0)
     saved["param_groups"][0]["name"] = "encoder"
     optimizer.load_state_dict(saved)
     train(params, optimizer, 1, 2)
     again = optimizer.state_dict()
     assert again["state"]["of no parameter"] == 5
     assert torch.equal(again["state"][0]["note"], torch.ones(5, 7))
+    assert torch.equal(again["state"][0]["noise_scale"], torch.tensor(2.0))
     assert again["param_groups"][0]["name"] == "encoder"
     assert again["state"][0]["step"] == 2
 

@@ -77,7 +77,7 @@ def test_gpu_that_was_not_compiled_for_is_told_in_words(monkeypatch: pytest.Monk
     _extension._why_not_on.cache_clear()
     message = 'Volta has 7.0; build it anew: MAXVA_CUDA_ARCHS="7.0"'
     assert message in backends.backends()["cuda"]
-    with pytest.raises(RuntimeError, match="'cuda' is not available.*capability 7.5;8.0"):
+    with pytest.raises(RuntimeError, match=r"'cuda' is not available.*capability 7.5;8.0"):
         backends.check_name("cuda")
     capability[0] = (9, 0)
     _extension._why_not_on.cache_clear()
@@ -85,19 +85,20 @@ def test_gpu_that_was_not_compiled_for_is_told_in_words(monkeypatch: pytest.Monk
     _extension._why_not_on.cache_clear()
 
 
-def test_gpu_without_cuda_kernels_warns_once_and_falls_back(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_missing_kernels_warn_once_and_fall_back(
+    monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     for name in backends.BACKENDS:
-        if name not in ("eager", "cpu"):
+        if name != "eager":
             row = dataclasses.replace(backends.BACKENDS[name], why_not=lambda: "built without it")
             monkeypatch.setitem(backends.BACKENDS, name, row)
-    backends._warn_without_cuda.cache_clear()
+    backends._warn_of_fallback.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"'eager' backend.*built without it"):
-        found = backends.find_backend("auto", "cuda")
+        found = backends.find_backend("auto", device)
     assert type(found).__name__ == "EagerBackend"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.find_backend("auto", "cuda") is found
-    backends._warn_without_cuda.cache_clear()
+        assert backends.find_backend("auto", device) is found
+    backends._warn_of_fallback.cache_clear()

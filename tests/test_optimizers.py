@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from exactness import (
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
+from torch.testing._internal.two_tensor import TwoTensor
 
 import maxva_kernels
 from maxva_kernels import FusedLaMAdam, FusedMAdam, LaMAdam, MAdam
@@ -104,6 +106,48 @@ BAD_OPTIONS = [
     ("fp32_state_below", 4096.0, "fp32_state_below"),
     ("fp32_state_below", True, "fp32_state_below"),
 ]
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-20, NAN, INF])
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_tensor_lr_is_checked_where_it_is_given(cls: Any, value: float) -> None:
+    p, q = Parameter(torch.zeros(2)), Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, is tensor"):
+        cls([p], lr=torch.tensor(value))
+    opt = cls([p])
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, is tensor"):
+        opt.add_param_group({"params": [q], "lr": torch.tensor(value)})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_eps_passed_by_position_is_noticed(cls: Any) -> None:
+    """torch.optim.AdamW(params, lr, betas, eps, weight_decay)."""
+    p = Parameter(torch.zeros(2))
+    with pytest.warns(UserWarning, match="beta_min=1e-06.*keyword") as record:
+        cls([p], 1e-3, (0.9, 0.98), 1e-6, 0.01)
+    assert record[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls([p], 1e-3, (0.9, 0.98), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "eager"}, "backend concerns the optimizer"),
+        ({"norm_process_group": None}, "norm_process_group concerns the optimizer"),
+        ({"differentiable": True}, "differentiable must be False"),
+        ({"step": torch.zeros(2)}, "."),
+        ({"step": "x"}, "."),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_group_option_that_would_be_ignored_is_refused(options: Any, message: str) -> None:
+    opt = FusedMAdam([Parameter(torch.zeros(2))])
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        opt.add_param_group({"params": [Parameter(torch.zeros(2))], **options})
+    assert len(opt.param_groups) == 1
 
 
 def value_id(value: Any) -> str:
@@ -282,7 +326,12 @@ def test_groups_must_agree_on_what_concerns_all(name: str, values: Any, backend:
         opt.add_param_group({"params": [q], name: values[1]})
     assert len(opt.param_groups) == 1
     opt.add_param_group({"params": [q]})
-    opt.param_groups[1][name] = values[1]
+    # also where they have come with a checkpoint
+    for group in opt.param_groups:
+        group[name] = values[1]
+    opt.add_param_group({"params": [Parameter(torch.ones(2))]})
+    assert opt.param_groups[2][name] == values[1]
+    opt.param_groups[0][name] = values[0]
     p.grad, q.grad = torch.ones(2), torch.ones(2)
     with pytest.raises(ValueError, match=name):
         opt.step()
@@ -880,6 +929,37 @@ def test_setup_fp32_params(backend: str) -> None:
     assert set(opt.state[params[1]]) == STATE_KEYS | {"master_param"}
 
 
+def test_master_weight_is_not_taken_up_again_after_steps_without(backend: str) -> None:
+    p = Parameter(torch.ones(3).bfloat16())
+    opt = FusedMAdam([p], lr=0.1, master_weights=True, backend=backend)
+    ends = []
+    for masters in (True, False, False, True):
+        opt.param_groups[0]["master_weights"] = masters
+        p.grad = torch.ones(3).bfloat16()
+        opt.step()
+        ends.append(p[0].item())
+        assert ("master_param" in opt.state[p]) == masters
+    expected = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    torch.testing.assert_close(torch.tensor(ends), expected, rtol=0, atol=1e-2)
+
+
+def test_values_written_by_others_reach_the_master_weights(backend: str) -> None:
+    p = Parameter(torch.ones(3).bfloat16())
+    opt = FusedMAdam([p], lr=1e-3, master_weights=True, backend=backend)
+    p.grad = torch.ones(3).bfloat16()
+    opt.step()
+    master = opt.state[p]["master_param"]
+    with torch.no_grad():
+        p.fill_(7.0)
+    opt.setup_fp32_params()
+    assert not torch.equal(master, torch.full((3,), 7.0))
+    opt.setup_fp32_params(refresh=True)
+    assert opt.state[p]["master_param"] is master
+    assert torch.equal(master, torch.full((3,), 7.0))
+    opt.step()
+    torch.testing.assert_close(master, torch.full((3,), 6.999), rtol=0, atol=1e-5)
+
+
 # --- copies --------------------------------------------------------------------------------------
 
 COPIES = {
@@ -1124,3 +1204,95 @@ def test_kernels_follow_the_reference_for_many_steps(
                     opts[0].state[p][key], opts[1].state[q][key], rtol=1e-7, atol=1e-9
                 )
     assert opts[0].param_groups[0]["step"] == opts[1].param_groups[0]["step"]
+
+
+# --- what is not a plain, finite tensor ----------------------------------------------------------
+
+
+def test_infinite_parameter_without_decay_does_not_reach_the_states(
+    backend: str, algorithm: str
+) -> None:
+    p = Parameter(torch.tensor([-INF, INF, 1.0]))
+    opt = FUSED[algorithm]([p], weight_decay=0.0, adam_w_mode=False, backend=backend)
+    p.grad = torch.zeros(3)
+    for _ in range(3):
+        opt.step()
+    assert all(torch.isfinite(x).all() for x in opt.state[p].values())
+
+
+def test_tensor_made_of_tensors_is_refused_by_kernels(kernel: str) -> None:
+    """The operator would be called once for each of them, and count two steps."""
+    p = Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(TypeError, match=r"parameter 0 of its group.*TwoTensor.*backend='eager'"):
+        FusedMAdam([p], backend=kernel)
+    opt = FusedMAdam([p], backend="eager")
+    p.grad = TwoTensor(torch.ones(2), torch.ones(2))
+    opt.step()
+    assert opt.state[p]["step"].item() == 1
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch before 2.13 allows no other")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_gradient_of_another_kind_is_refused_by_name(dtype: torch.dtype, backend: str) -> None:
+    p = Parameter(torch.ones(3))
+    opt = FusedMAdam([("head", p)], backend=backend)
+    p.grad = torch.ones(3)
+    opt.step()
+    before = snapshot(opt)
+    p.grad_dtype = None
+    p.grad = torch.ones(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"'head'.*gradient is {dtype}"):
+        opt.step()
+    p.grad = torch.ones(3)
+    assert same_bits(snapshot(opt)["states"], before["states"])
+
+
+CHANGES = {
+    "another shape": (lambda x: torch.ones(4, 2), r"exp_avg has shape \(2, 2\)"),
+    "another precision": (lambda x: x.double(), r"float64 on cpu: its exp_avg .* torch.float32"),
+    "expanded": (lambda x: torch.ones(2).expand(2, 2), "is expanded"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_parameter_that_no_longer_fits_its_state_is_named(kind: str, backend: str) -> None:
+    change, message = CHANGES[kind]
+    params = [Parameter(torch.ones(2, 2)) for _ in range(3)]
+    opt = FusedMAdam([("a", params[0]), ("b", params[1]), ("head", params[2])], backend=backend)
+    for p in params:
+        p.grad = torch.ones(2, 2)
+    opt.step()
+    params[0].grad = None
+    head = params[2]
+    head.grad = None
+    head.data = change(head.data)
+    head.grad = torch.ones_like(head.data)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=f"'head'.*{message}"):
+        opt.step()
+    assert same_bits(snapshot(opt), before)
+
+
+# --- schedulers ----------------------------------------------------------------------------------
+
+
+def test_schedule_that_is_rounded_to_below_zero_ends_at_zero(backend: str) -> None:
+    p = Parameter(torch.ones(3))
+    opt = FusedMAdam([p], lr=1e-3, backend=backend)
+    schedule = lr_scheduler.LinearLR(opt, start_factor=0.1, end_factor=0.0, total_iters=10)
+    p.grad = torch.ones(3)
+    for _ in range(10):
+        opt.step()
+        schedule.step()
+    assert -1e-12 < opt.param_groups[0]["lr"] < 0
+    before = p.detach().clone()
+    opt.step()
+    assert same_bits(p.detach(), before)
+    assert opt.state[p]["step"].item() == 11
+    other = FusedMAdam([p], backend=backend)
+    other.load_state_dict(opt.state_dict())
+    other.step()
+    assert same_bits(p.detach(), before)
+    opt.param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match="lr"):
+        opt.step()

@@ -251,6 +251,36 @@ def test_parameters_added_later_are_counted(backend: str) -> None:
     assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([4.0, 9.0])
 
 
+def test_groups_may_change_before_anybody_asks(backend: str) -> None:
+    a, b, c = (Parameter(torch.ones(n)) for n in (2, 3, 4))
+    for p in (a, b, c):
+        p.grad = torch.full_like(p, float(p.numel()))
+    opt = FusedMAdam([{"params": [a]}, {"params": [c]}], collect_stats=True, backend=backend)
+    opt.step()
+    before = opt.stats()
+    opt.param_groups[0]["params"].append(b)
+    assert opt.stats() == before
+    opt.step()
+    norm = math.sqrt(a.numel() ** 3 + b.numel() ** 3)
+    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([norm, 8.0])
+    opt.param_groups.pop(0)
+    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([8.0])
+    take_step(opt, found_inf=1.0)  # what belonged to others does not come back
+    (stats,) = opt.stats()
+    assert math.isnan(stats["grad_norm"])
+    opt.step()
+    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([8.0])
+
+
+def test_default_device_does_not_matter(backend: str) -> None:
+    p = Parameter(torch.ones(4))
+    p.grad = torch.full((4,), 2.0)
+    opt = FusedMAdam([p], collect_stats=True, max_grad_norm=1.0, backend=backend)
+    with torch.device("meta"):
+        opt.step()
+        assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([4.0])
+
+
 def test_a_loaded_dict_brings_its_own_choice(backend: str) -> None:
     off, on = (
         FusedMAdam([Parameter(torch.ones(4))], collect_stats=collect, backend=backend)

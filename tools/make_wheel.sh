@@ -26,19 +26,8 @@ CUDA_HOME=$("$PY" tools/cuda_toolkit.py)
 export CUDA_HOME MAXVA_BUILD_CUDA=1 PATH="$PWD/$VENV_WHEEL/bin:$PATH"
 test "${VENV_WHEEL#/}" = "$VENV_WHEEL" || PATH="$VENV_WHEEL/bin:$PATH"
 
-# the build writes into the source tree what it was made with; an installation there that is in use
-# was made with another torch
-INFO=$PWD/maxva_kernels/_build_info.py
-KEPT=$PWD/build/build_info.kept
-restore() {
-  rm -f "$INFO"
-  test ! -f "$KEPT" || mv "$KEPT" "$INFO"
-}
-mkdir -p build
-test ! -f "$INFO" || cp -p "$INFO" "$KEPT"
-trap restore EXIT
-
-rm -rf build/wheel build/wheel-check
+# build/lib*: else modules that are gone would come back from an earlier build
+rm -rf build/wheel build/wheel-check build/lib* build/bdist*
 $PIP wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 mkdir -p dist
 cp build/wheel/maxva_kernels-*.whl dist/

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from maxva_kernels.backends import BACKENDS
 from maxva_kernels.profile import InputError, report, unknown
 from maxva_kernels.profile.comparison import Case, Comparison, Row
 from maxva_kernels.profile.contenders import (
@@ -310,7 +311,11 @@ def listing(device: torch.device) -> str:
     for name, other in OTHERS.items():
         extras = ", ".join(f"+{extra}" for extra in ("clip", *sorted(other.extras)))
         lines.append(f"  {name:22} {other.why_not(device.type) or extras}")
-    lines += ["backends:", *(f"  {name}" for name in measured_backends(device.type))]
+    measured = measured_backends(device.type)
+    lines += ["backends:"]
+    for name, info in BACKENDS.items():
+        served = "measured here" if name in measured else f"not for parameters on {device.type!r}"
+        lines.append(f"  {name}: {info.why_not() or served}")
     return "\n".join(lines)
 
 

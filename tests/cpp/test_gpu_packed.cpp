@@ -122,8 +122,9 @@ struct Run {
 // Blocks that take the kernels' shorter way, and the others.
 int fast_blocks = 0, general_blocks = 0;
 
-void count_ways(const gpu::UpdatePlan& plan, const std::vector<gpu::TypedAddress>& g,
-                const std::vector<gpu::LearningRate>& lr, const double* grad_scale, Phase phase) {
+void count_ways(Packing packing, const gpu::UpdatePlan& plan,
+                const std::vector<gpu::TypedAddress>& g, const std::vector<gpu::LearningRate>& lr,
+                const double* grad_scale, Phase phase) {
   const std::vector<char> uploaded = plan.image().bytes();
   SumsOfSquares norms[16] = {};
   const auto launch = std::make_unique<gpu::UpdateLaunch>();
@@ -133,7 +134,9 @@ void count_ways(const gpu::UpdatePlan& plan, const std::vector<gpu::TypedAddress
     plan.fill(*launch, range, plan.locate(uploaded.data()), g, lr);
     for (unsigned b = 0; b < range.num_blocks(); ++b) {
       gpu::PackedState state;
-      gpu::prepare_packed_block(*launch, b, phase, state);
+      (packing == Packing::kInt8
+           ? gpu::prepare_packed_block<Packing::kInt8>
+           : gpu::prepare_packed_block<Packing::kBFloat16>)(*launch, b, phase, state);
       ++(state.fast ? fast_blocks : general_blocks);
     }
   }
@@ -163,7 +166,7 @@ void run_gpu(Run& run, Phase phase) {
   const gpu::UpdatePlan plan(entries, {hyper}, {});
   const std::vector<gpu::LearningRate> lr{{hyper.lr, gpu::typed_address(nullptr, f64)}};
   const double* grad_scale = c.unscale ? &run.grad_scale : nullptr;
-  count_ways(plan, g, lr, grad_scale, phase);
+  count_ways(c.packing, plan, g, lr, grad_scale, phase);
   launch(plan, {c.algorithm, c.amsgrad, c.packing, phase}, run.control, grad_scale, g, lr,
          run.sums);
 }
