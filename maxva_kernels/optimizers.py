@@ -1,4 +1,4 @@
-"""The optimizers: what a step is made of, in the order of docs/algorithm.md, "One step, as a protocol".
+"""The optimizers: what a step is made of, in the order of the protocol in docs/algorithm.md.
 
     step() -> _collect (states, batches) -> Sharding.localize (DTensors to local parts) ->
     _write_controls (one read of the gradients, if clipping or skipping needs it) ->
@@ -933,6 +933,6 @@ def _is_capturing(device: torch.device) -> bool:
     # not initialized: a fake tensor
     return (
         device.type == "cuda"
-        and torch.cuda.is_initialized()
+        and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         and torch.cuda.is_current_stream_capturing()
     )
