@@ -46,8 +46,8 @@ class StepStatistics:
         same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         if not same and not capturing:
             self._params = params
-            for rows in self._rows.values():
-                rows.fill_(math.nan)
+            for known in self._rows.values():
+                known.fill_(math.nan)
         for device in dict.fromkeys(batch.device for batch in batches):
             filled = [i for batch in batches if batch.device == device for i in batch.parameters]
             rows, place = self._rows.get(device), self._places.get(device)

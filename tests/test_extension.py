@@ -1,10 +1,15 @@
-"""Which torch the extension accepts, and what happens on a GPU that it was not built for."""
+"""Which torch and GPU the extension accepts, what happens without it, and what its build says."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from maxva_kernels import _extension
 
 # the package's function of the same name hides the module
 backends = importlib.import_module("maxva_kernels.backends")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -102,3 +108,57 @@ def test_missing_kernels_warn_once_and_fall_back(
         warnings.simplefilter("error")
         assert backends.find_backend("auto", device) is found
     backends._warn_of_fallback.cache_clear()
+
+
+# --- setup.py ------------------------------------------------------------------------------------
+
+
+def run_setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_version_names_the_torch_it_is_built_for_and_nothing_is_written() -> None:
+    info = ROOT / "maxva_kernels" / "_build_info.py"
+    before = info.stat().st_mtime_ns
+    run = run_setup("--version", MAXVA_BUILD_CUDA="0")
+    major, minor = torch.__version__.split(".")[:2]
+    assert run.stdout.splitlines()[-1] == f"0.1.0+torch{major}.{minor}.cpu"
+    assert info.stat().st_mtime_ns == before
+    run = run_setup("--version", MAXVA_NO_EXTENSION="1")
+    assert run.stdout.splitlines()[-1] == "0.1.0"
+
+
+@pytest.mark.parametrize("variable", ["MAXVA_NO_EXTENSION", "MAXVA_BUILD_CUDA"])
+def test_switch_that_is_none_is_refused(variable: str) -> None:
+    run = run_setup("--version", **{variable: "true"})
+    assert run.returncode != 0
+    assert f"{variable} must be 0, 1 or unset, is 'true'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("raise ImportError('none here')", "none here.*--no-build-isolation.*MAXVA_NO_EXTENSION=1"),
+        ("__version__ = '2.10.1+cpu'", "torch >= 2.11 is needed, 2.10.1"),
+    ],
+)
+def test_build_without_a_fitting_torch_says_what_to_do(
+    module: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text(module)
+    run = run_setup("--version", PYTHONPATH=str(tmp_path))
+    assert run.returncode != 0
+    assert re.search(message, run.stderr, re.DOTALL)
+    assert "Traceback" not in run.stderr
+
+
+def test_build_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
+    folders = "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")
+    run = run_setup("build_ext", *folders, CXX="/nowhere/c++", MAXVA_BUILD_CUDA="0")
+    assert run.returncode != 0
+    assert "no C++ compiler '/nowhere/c++'" in run.stderr
+    assert "MAXVA_NO_EXTENSION=1" in run.stderr
+    assert not list(tmp_path.rglob("_build_info.py"))
