@@ -73,6 +73,7 @@ void check_writable(const Tensor& tensor, const char* list, size_t i) {
 }
 
 bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0) return true;
   for (const auto dim : c10::irange(a.dim())) {
     if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
   }
