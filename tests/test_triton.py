@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -600,6 +602,44 @@ def test_equal_steps_copy_nothing_anew(asked: str, monkeypatch: pytest.MonkeyPat
     opt.param_groups[0]["lr"] *= 0.5
     opt.step()
     assert len(copies) == 1
+
+
+class Interrupted(list[Any]):
+    """Compared, lets another thread run before the answer is used, to its end if that can be."""
+
+    def __init__(self, values: list[Any], other: Callable[[], Any]) -> None:
+        super().__init__(values)
+        self.other = other
+
+    def __eq__(self, there: object) -> bool:
+        same = super().__eq__(there)
+        if same:
+            thread = threading.Thread(target=self.other)
+            thread.start()
+            thread.join(timeout=0.5)
+        return same
+
+    def __ne__(self, there: object) -> bool:
+        return not self == there
+
+    __hash__ = None
+
+
+@interpreted
+def test_threads_that_share_tables_get_their_own() -> None:
+    """Whichever thread looks at a device's tables while another one does."""
+    from maxva_kernels.triton_kernels.tables import StepWords, Tables, Uploads
+
+    device = torch.device("cpu")
+    tables: Any = Tables()
+    for name in "abc":
+        assert tables.find([name], device, lambda name=name: f"table {name}") == f"table {name}"
+    found = tables.find(Interrupted(["b"], lambda: tables.find(["a"], device, str)), device, str)
+    assert found == "table b"
+    words = StepWords(Uploads(device))
+    words.on_device([1, 2], None, False)
+    again = Interrupted([1, 2], lambda: words.on_device([3, 4], None, False))
+    assert words.on_device(again, None, False).tolist() == [1, 2]
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ the process ends: some bytes per tensor and capture), and are never written agai
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -147,22 +148,27 @@ class Uploads:
 
 
 class StepWords:
-    """The words of one step on the device, copied only if they differ from the last step's."""
+    """The words of one step on the device, copied only if they differ from the last step's.
+
+    Threads may share them, see `Tables`.
+    """
 
     def __init__(self, uploads: Uploads) -> None:
         self._uploads = uploads
         self._words: list[Any] = []
         self._copy: Tensor | None = None
         self._stream: int | None = None
+        self._lock = threading.Lock()
 
     def on_device(self, words: list[int], stream: int | None, capturing: bool) -> Tensor:
-        if capturing:
-            return self._uploads.copy(words)
-        self._uploads.prepare_capture(len(words))
-        if self._copy is None or words != self._words or stream != self._stream:
-            self._copy = self._uploads.copy(words)
-            self._words, self._stream = words, stream
-        return self._copy
+        with self._lock:
+            if capturing:
+                return self._uploads.copy(words)
+            self._uploads.prepare_capture(len(words))
+            if self._copy is None or words != self._words or stream != self._stream:
+                self._copy = self._uploads.copy(words)
+                self._words, self._stream = words, stream
+            return self._copy
 
 
 class _Table:
@@ -335,25 +341,31 @@ TableT = TypeVar("TableT", bound=_Table)
 
 
 class Tables(Generic[TableT]):
-    """The last few tables of one owner, and all that a captured graph reads."""
+    """The last few tables of one owner, and all that a captured graph reads.
+
+    The norm's owner is the process, whose threads may ask at a time.
+    """
 
     def __init__(self) -> None:
         self._recent: list[tuple[list[Any], TableT]] = []
         self._captured: list[TableT] = []
+        self._lock = threading.Lock()
 
     def find(self, found: list[Any], device: torch.device, build: Callable[[], TableT]) -> TableT:
         """The table built from what has this signature, or a new one."""
         capturing = is_capturing(device)
-        k = next((k for k, (built_from, _) in enumerate(self._recent) if built_from == found), None)
-        entry = (found, build()) if k is None else self._recent.pop(k)
-        table = entry[1]
-        # one built in a capture is filled by the graph alone
-        if k is not None or not capturing:
-            self._recent.insert(0, entry)
-            del self._recent[_MAX_TABLES:]
-        if capturing and not any(table is held for held in self._captured):
-            self._captured.append(table)
-        return table
+        with self._lock:
+            known = (k for k, (built_from, _) in enumerate(self._recent) if built_from == found)
+            k = next(known, None)
+            entry = (found, build()) if k is None else self._recent.pop(k)
+            table = entry[1]
+            # one built in a capture is filled by the graph alone
+            if k is not None or not capturing:
+                self._recent.insert(0, entry)
+                del self._recent[_MAX_TABLES:]
+            if capturing and not any(table is held for held in self._captured):
+                self._captured.append(table)
+            return table
 
 
 def double_words(values: Sequence[float]) -> list[int]:
