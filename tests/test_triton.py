@@ -604,6 +604,20 @@ def test_equal_steps_copy_nothing_anew(asked: str, monkeypatch: pytest.MonkeyPat
     assert len(copies) == 1
 
 
+@interpreted
+def test_norms_of_many_optimizers_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from maxva_kernels.triton_kernels import operators
+
+    built = []
+    table = operators.NormTable
+    monkeypatch.setattr(operators, "_norm_tables", {})
+    monkeypatch.setattr(operators, "NormTable", lambda *args: built.append(args) or table(*args))
+    for _ in range(2):
+        for numel in range(1, 33):
+            assert kernels().sum_of_squares([torch.ones(numel)]).item() == numel
+    assert len(built) == 32
+
+
 class Interrupted(list[Any]):
     """Compared, lets another thread run before the answer is used, to its end if that can be."""
 
@@ -631,7 +645,7 @@ def test_threads_that_share_tables_get_their_own() -> None:
     from maxva_kernels.triton_kernels.tables import StepWords, Tables, Uploads
 
     device = torch.device("cpu")
-    tables: Any = Tables()
+    tables: Any = Tables(capacity=3)
     for name in "abc":
         assert tables.find([name], device, lambda name=name: f"table {name}") == f"table {name}"
     found = tables.find(Interrupted(["b"], lambda: tables.find(["a"], device, str)), device, str)

@@ -33,6 +33,8 @@ from .maxva_math import LAMADAM, MADAM
 from .statistics import range_of_phase
 from .step_scalars import NUM_SCALARS, PARAMETERS, STATES
 from .tables import (
+    MAX_NORM_TABLES,
+    MAX_UPDATE_TABLES,
     Combination,
     NormTable,
     Tables,
@@ -236,7 +238,7 @@ def _find_update_table(lists: TensorLists) -> UpdateTable:
     owner = lists.step[0]
     if owner not in _update_tables:
         check_tensors(lists)
-        _update_tables[owner] = Tables()
+        _update_tables[owner] = Tables(MAX_UPDATE_TABLES)
     return _update_tables[owner].find(found, lists.theta[0].device, build)
 
 
@@ -406,7 +408,7 @@ def sum_of_squares(g: Sequence[Tensor]) -> Tensor:
         g = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in g]
         found = [tensor.numel() for tensor in g], [tensor.dtype for tensor in g]
     numels, dtypes = found
-    tables = _norm_tables.setdefault(device, Tables())
+    tables = _norm_tables.setdefault(device, Tables(MAX_NORM_TABLES))
     with _on_device(device):
         table = tables.find([numels, dtypes], device, lambda: NormTable(device, numels, dtypes))
         capturing = is_capturing(device)

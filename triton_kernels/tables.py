@@ -22,6 +22,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
@@ -48,8 +49,10 @@ _COLUMNS = {
     "master": mta.MASTER,
 }
 
-#: Tables kept per owner: subsets of parameters that take turns in having gradients.
-_MAX_TABLES = 4
+#: Tables kept per optimizer: subsets of parameters that take turns in having gradients.
+MAX_UPDATE_TABLES = 4
+#: And per device of norms, which all optimizers share; as many as csrc/maxva_cuda.cpp keeps.
+MAX_NORM_TABLES = 32
 
 _data_ptr = Tensor.data_ptr
 _size = Tensor.size
@@ -130,21 +133,25 @@ class Uploads:
         if _pinned(self._device) and (self._spare is None or self._spare.numel() < num_words):
             self._spare = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
 
-    def copy(self, words: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        """A device tensor of `words`; the copy is asynchronous."""
+    def copy(self, words: list[int]) -> Tensor:
+        """An int64 tensor of `words` on the device; the copy is asynchronous."""
         if not _pinned(self._device):
-            return torch.tensor(words, dtype=dtype, device=self._device)
-        if not is_capturing(self._device):
-            # the pinned allocator reuses this memory only after the copy is done
-            host = torch.tensor(words, dtype=dtype, pin_memory=True)
-        elif dtype == torch.int64 and self._spare is not None and self._spare.numel() >= len(words):
-            host, self._spare = self._spare[: len(words)], None
-            host.copy_(torch.tensor(words, dtype=dtype))
-            self._held.append(host)
-        else:
-            host = torch.tensor(words, dtype=dtype, pin_memory=True)
-            self._held.append(host)
-        return host.to(self._device, non_blocking=True)
+            return torch.tensor(words, dtype=torch.int64, device=self._device)
+        spare = self._spare if is_capturing(self._device) else None
+        if spare is None or spare.numel() < len(words):
+            return self._to_device(torch.tensor(words, dtype=torch.int64, pin_memory=True))
+        self._spare = None
+        return self._to_device(spare[: len(words)].copy_(torch.tensor(words, dtype=torch.int64)))
+
+    def copy_tensor(self, host: Tensor) -> Tensor:
+        """The same of a tensor of any dtype."""
+        return self._to_device(host.pin_memory()) if _pinned(self._device) else host
+
+    def _to_device(self, pinned: Tensor) -> Tensor:
+        # the pinned allocator reuses this memory only after the copy is done
+        if is_capturing(self._device):
+            self._held.append(pinned)
+        return pinned.to(self._device, non_blocking=True)
 
 
 class StepWords:
@@ -201,13 +208,14 @@ class _Table:
         return stream.cuda_stream
 
 
-def _chunk_map(units: Sequence[int], chunk: int) -> tuple[list[int], list[int]]:
-    """The chunk after the last of every tensor of so many units, and the tensor of every chunk."""
-    ends, tensor_of = [], []
-    for i, count in enumerate(units):
-        tensor_of += [i] * (-(-count // chunk))
-        ends.append(len(tensor_of))
-    return ends, tensor_of
+def _chunk_map(units: Sequence[int], chunk: int) -> tuple[list[int], Tensor]:
+    """The chunk after the last of every tensor of so many units, and the tensor of every chunk.
+
+    The latter int32 on the CPU: a list would take a fifth of a second where there are millions.
+    """
+    counts = [-(-count // chunk) for count in units]
+    tensors = torch.arange(len(units), dtype=torch.int32)
+    return list(accumulate(counts)), tensors.repeat_interleave(torch.tensor(counts))
 
 
 @dataclass
@@ -292,7 +300,7 @@ class UpdateTable(_Table):
                     uploads.copy([word for i in indices for word in rounding[i]])
                     if is_stochastic or lists.is_packed
                     else None,
-                    uploads.copy(tensor_of, torch.int32),
+                    uploads.copy_tensor(tensor_of),
                     len(indices),
                     len(tensor_of),
                 )
@@ -329,7 +337,7 @@ class NormTable(_Table):
                 NormCombination(
                     g_dtype,
                     uploads.copy(words),
-                    uploads.copy(tensor_of, torch.int32),
+                    uploads.copy_tensor(tensor_of),
                     len(tensor_of),
                 )
             )
@@ -346,7 +354,8 @@ class Tables(Generic[TableT]):
     The norm's owner is the process, whose threads may ask at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._recent: list[tuple[list[Any], TableT]] = []
         self._captured: list[TableT] = []
         self._lock = threading.Lock()
@@ -362,7 +371,7 @@ class Tables(Generic[TableT]):
             # one built in a capture is filled by the graph alone
             if k is not None or not capturing:
                 self._recent.insert(0, entry)
-                del self._recent[_MAX_TABLES:]
+                del self._recent[self._capacity :]
             if capturing and not any(table is held for held in self._captured):
                 self._captured.append(table)
             return table
