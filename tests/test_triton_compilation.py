@@ -132,19 +132,41 @@ def compiled_packed_update(
     )  # fmt: skip
 
 
-def check_resources(kernel: Any, folder: Path) -> int:
-    """Neither stack nor local memory: nothing is spilled. Returns the number of registers."""
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
-    assert tool, "no cuobjdump, neither in Triton nor on the path"
+def inspected(kernel: Any, folder: Path, name: str, *options: str) -> str:
+    """What one of the CUDA toolkit's programs prints about the compiled kernel."""
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    tool = str(bundled) if bundled.exists() else shutil.which(name)
+    assert tool, f"no {name}, neither in Triton nor on the path"
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run(
-        [tool, "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+    return subprocess.run(
+        [tool, *options, str(cubin)], capture_output=True, text=True, check=True
     ).stdout
-    found = re.search(r"REG:(\d+) STACK:0 SHARED:\d+ LOCAL:0", usage)
+
+
+def check_resources(kernel: Any, folder: Path, stack: int = 0) -> int:
+    """No local memory, and no more stack: nothing is spilled. Returns the number of registers."""
+    usage = inspected(kernel, folder, "cuobjdump", "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:0", usage)
     assert found, usage
+    assert int(found[2]) <= stack, usage
     return int(found[1])
+
+
+def loops(kernel: Any, folder: Path) -> list[list[str]]:
+    """The instructions of every loop."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    found = []
+    for line in inspected(kernel, folder, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
+            if target and target[1] in labels:
+                found.append(instructions[labels[target[1]] :])
+    return found
 
 
 def check_rounding(ptx: str) -> None:
@@ -197,8 +219,32 @@ def test_main_path_has_no_narrow_access() -> None:
 PACKED_VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int]]] = {
     "int8": ({}, (80, 90, 100), (3, 2)),
     # four words are 32 bytes
-    "bfloat16": ({"word": tl.int64}, (90,), (4, 3)),
+    "bfloat16": ({"word": tl.int64}, (80, 90), (4, 3)),
     "int8_states": ({"phase": 1}, (80,), (3, 0)),
+    "int8_scale": ({"scale": True}, (90,), (3, 2)),
+    "bfloat16_scale": ({"word": tl.int64, "scale": True}, (90,), (4, 3)),
+    "int8_bf16": ({"theta": tl.bfloat16, "g": tl.bfloat16, "round_theta": True}, (90,), (3, 2)),
+    "bfloat16_bf16": (
+        {"word": tl.int64, "theta": tl.bfloat16, "g": tl.bfloat16, "round_theta": True},
+        (90,),
+        (4, 3),
+    ),
+    "int8_bf16_fp32_gradients": ({"theta": tl.bfloat16, "round_theta": True}, (90,), (3, 2)),
+    "bfloat16_bf16_fp32_gradients": (
+        {"word": tl.int64, "theta": tl.bfloat16, "round_theta": True},
+        (90,),
+        (4, 3),
+    ),
+    "int8_bf16_master": (
+        {"theta": tl.bfloat16, "g": tl.bfloat16, "master": True},
+        (90,),
+        (3, 3),
+    ),
+    "bfloat16_bf16_master": (
+        {"word": tl.int64, "theta": tl.bfloat16, "g": tl.bfloat16, "master": True},
+        (90,),
+        (4, 4),
+    ),
     "int8_bf16_amsgrad_scale_statistics": (
         {
             "theta": tl.bfloat16, "g": tl.bfloat16, "round_theta": True, "statistics": True,
@@ -216,6 +262,10 @@ PACKED_VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int
         (5, 5),
     ),
 }  # fmt: skip
+#: Bytes of a multiprocessor, of which each program takes RESERVED beside its own.
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+RESERVED = 1024
+REGISTERS = 65536
 
 
 @pytest.mark.parametrize(
@@ -227,10 +277,11 @@ PACKED_VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int
     ],
 )
 def test_packed_update(name: str, capability: int, tmp_path: Path) -> None:
-    """Note [Tile]: four elements per access, five programs per multiprocessor, no exact division.
+    """Notes [Tile] and [Stages]: four elements per access, five programs per multiprocessor.
 
-    Loads are copies to shared memory, ahead of their use. A block's largest value takes one
-    instruction, and random words no traffic between threads.
+    No division is exact. Loads are copies to shared memory, ahead of their use, which bounds no
+    number of programs. A block's largest value takes one instruction, and random words no traffic
+    between threads. Of what registers hold, the tail alone spills.
     """
     variant, _, (loads, stores) = PACKED_VARIANTS[name]
     kernel = compiled_packed_update(capability, **variant)
@@ -240,15 +291,22 @@ def test_packed_update(name: str, capability: int, tmp_path: Path) -> None:
     wide, copied = HALF_BLOCK_WIDE, "0x(?:8|10)"
     if variant.get("theta", tl.float32) == tl.float32:
         wide, copied = WIDE, "0x10"
-    # two main paths, g is aligned in one of them; two tiles are copied before the loop, one in it
-    assert len(re.findall(rf"cp\.async\.c\w[^;]*, {copied}\b", ptx)) >= 3 * (2 * loads - 1)
+    # two main paths, g is aligned in one of them; copied before the loop, and a tile in it
+    stages = packed_update.FAVORABLE_STAGES.value, packed_update.OTHER_STAGES.value
+    copies = stages[0] * loads + stages[1] * (loads - 1)
+    assert len(re.findall(rf"cp\.async\.c\w[^;]*, {copied}\b", ptx)) >= copies
     assert len(re.findall(rf"st\.global[\w.]*{wide}", ptx)) >= 2 * stores
     is_int8 = variant.get("word") != tl.int64
     if is_int8 and variant.get("phase") != 1:
         assert len(re.findall(r"redux\.sync\.max", ptx)) == 3 * (4 if variant.get("amsgrad") else 3)
-    registers = check_resources(kernel, tmp_path)
+    registers = check_resources(kernel, tmp_path, stack=48)
     if not variant.get("amsgrad") and not variant.get("statistics"):
         assert registers <= (96 if capability < 100 else 128)
+    programs = REGISTERS // (32 * mta.NUM_WARPS * registers)
+    assert programs * (kernel.metadata.shared + RESERVED) <= SHARED_MEMORY[capability]
+    main = [loop for loop in loops(kernel, tmp_path) if "LDGSTS" in " ".join(loop)]
+    assert len(main) == 2
+    assert not re.findall(r"\b(?:STL|LDL)\b", " ".join(x for loop in main for x in loop))
     print(f"{name} on sm_{capability}: {registers} registers")
 
 

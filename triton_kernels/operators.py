@@ -57,8 +57,8 @@ _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
-# with these a multiprocessor has five programs, where nothing is spilled for it; where something
-# would be, on Blackwell, four
+# with these a multiprocessor has five programs, for which no more than a few words of the tail are
+# spilled; where main loops would spill some, on Blackwell, four
 _PACKED_REGISTERS, _PACKED_REGISTERS_OF_BLACKWELL = 96, 128
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
