@@ -176,6 +176,31 @@ def test_same_bits_as_the_cpp_kernel(
     assert same_bits(*outcome)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@interpreted
+def test_signs_of_zeros_are_those_of_the_cpp_kernel(
+    dtype: torch.dtype, weight_decay: float, algorithm: str
+) -> None:
+    """Of parameters and states, in an interpreter that rounds tl.fma twice, too."""
+    if not has_extension():
+        pytest.skip("there is no C++ kernel")
+    outcome = []
+    for backend in ("triton", "cpu"):
+        params = [Parameter(torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=dtype)) for _ in range(2)]
+        opt = FUSED[algorithm](params, backend=backend, weight_decay=weight_decay)
+        for _ in range(2):
+            for p, g in zip(params, ([0.0, 0.0, -0.0, -0.0], [-0.0, -0.0, 0.0, 0.0]), strict=True):
+                p.grad = torch.tensor(g, dtype=dtype)
+            opt.step()
+        outcome.append(
+            [p.detach() for p in params]
+            + [opt.state[p][KEYS[name]] for p in params for name in "muv"]
+        )
+    assert all(not tensor.any() for tensor in outcome[0])
+    assert same_bits(*outcome)
+
+
 # --- stochastic rounding ------------------------------------------------------------------------
 
 

@@ -34,7 +34,10 @@ def upper_half(x, bits):
 
 @triton.jit
 def from_compute(x, STORAGE: tl.constexpr):
-    """Rounded once from float32; from float64 through float32, as the C++ kernels do."""
+    """Rounded once from float32; from float64 through float32, as the C++ kernels do.
+
+    A NaN in float16 has the hardware's bits, not those of the C++ kernels.
+    """
     if STORAGE == tl.bfloat16:  # noqa: SIM300
         single = x.to(tl.float32)
         bits = single.to(tl.uint32, bitcast=True)

@@ -196,7 +196,13 @@ def step_length(direction, s):
 
 
 @triton.jit
+def negated(x):
+    """-x where a zero's sign counts: Triton 3.6 takes a negation for 0 - x, which has no -0.0."""
+    return -1.0 * x
+
+
+@triton.jit
 def moved_parameter(theta, direction, s):
     """Not to be stored where s.eta is 0: that keeps the bits, whatever the update is."""
-    decayed = tl.fma(-s.decay, theta, theta)
-    return tl.fma(-s.step_size, direction, decayed)
+    decayed = tl.fma(negated(s.decay), theta, theta)
+    return tl.fma(negated(s.step_size), direction, decayed)
