@@ -55,7 +55,7 @@ from .stochastic_rounding import (
 
 # Note [Chunk and block]
 # 128 threads with 32 bytes of each state keep 24 KB of float32 reads in flight per program; at
-# the four programs that the registers allow, a multiprocessor then has several times the 20 KB
+# the three programs that the registers allow, a multiprocessor then has several times the 20 KB
 # that its share of bandwidth times latency asks for. A chunk of four blocks spreads the look-up of
 # addresses and scalars, and four bytes of chunk map, over 176 KB of traffic. Statistics and random
 # words take registers of their own: blocks are half as large there, so that nothing is spilled.
