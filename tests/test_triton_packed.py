@@ -495,6 +495,40 @@ def test_alignment_does_not_matter(options: dict[str, Any]) -> None:
             assert same_bits(getattr(aligned, name), getattr(misaligned, name)), name
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_theta", "of_g", "path"),
+    [
+        (torch.float32, 4, 4, "favorable"), (torch.float32, 4, 2, "full"),
+        (torch.float32, 2, 4, "tail"), (torch.bfloat16, 4, 4, "favorable"),
+        (torch.bfloat16, 4, 2, "full"), (torch.bfloat16, 2, 4, "tail"),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)  # fmt: skip
+@interpreted
+def test_four_elements_are_asked_to_be_aligned_and_no_more(
+    dtype: torch.dtype, of_theta: int, of_g: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists begin so many elements after an aligned address; a whole chunk takes the path."""
+    from maxva_kernels.triton_kernels import packed_update
+
+    taken = []
+    update_blocks = packed_update.update_blocks
+
+    def recorded(*args: Any, FULL: bool, FAVORABLE: bool) -> Any:
+        taken.append("favorable" if FAVORABLE else "full" if FULL else "tail")
+        return update_blocks(*args, FULL=FULL, FAVORABLE=FAVORABLE)
+
+    def moved(tensor: Tensor, elements: int) -> Tensor:
+        there = torch.empty(tensor.numel() + elements, dtype=tensor.dtype)[elements:]
+        return there.view(tensor.shape).copy_(tensor)
+
+    monkeypatch.setattr(packed_update, "update_blocks", recorded)
+    batch = make_batch([(32, 128)], dtype=dtype)
+    batch.theta, batch.g = [moved(batch.theta[0], of_theta)], [moved(batch.g[0], of_g)]
+    call(batch)
+    assert taken == [path]
+
+
 @interpreted
 def test_several_groups_and_dtypes() -> None:
     """A launch per pair of dtypes, each tensor with its own group's scalars and random words."""

@@ -70,12 +70,30 @@ OTHER_STAGES = tl.constexpr(4)
 TAIL_STAGES = tl.constexpr(1)
 
 
+@triton.constexpr_function
+def bytes_of_access(dtype):
+    """What one access moves of a thread's four elements; allows_vector of csrc/gpu_traversal.h."""
+    return min(16, THREAD_ELEMENTS.value * dtype.primitive_bitwidth // 8)
+
+
+@triton.constexpr_function
+def maximum_dtype(word):
+    """Of vmax or its codes, by the type of packed states."""
+    return tl.uint8 if word.primitive_bitwidth == 32 else tl.bfloat16
+
+
+@triton.jit
+def allows_fours(address, DTYPE: tl.constexpr):
+    """Whether it suits Note [Tile]'s accesses; that of a list that is not there, 0, does."""
+    return (address & (bytes_of_access(DTYPE) - 1)) == 0
+
+
 @triton.jit
 def pointer_to_fours(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """ALIGNED: to four elements, as Note [Tile] wants it."""
+    """ALIGNED: `allows_fours`."""
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, min(16, THREAD_ELEMENTS * DTYPE.primitive_bitwidth // 8))
+        pointer = tl.multiple_of(pointer, bytes_of_access(DTYPE))
     return pointer
 
 
@@ -114,13 +132,12 @@ def update_blocks(
     OPS: tl.constexpr = NONZERO if FAVORABLE else FAST
     if FAVORABLE:
         s = plain_scalars(s)
-    MAXIMUM_DTYPE: tl.constexpr = tl.uint8 if WORD.primitive_bitwidth == 32 else tl.bfloat16
     # FULL counts elements and blocks from the first block, which leaves 32 bits
     origin = first_block * BLOCK if FULL else first_block * 0
     theta_ptr = pointer_to_fours(theta_address, THETA_DTYPE, FULL) + origin
     g_ptr = pointer_to_fours(g_address, G_DTYPE, FULL and FAVORABLE) + origin
     packed_ptr = pointer_to_fours(packed_address, WORD, FULL) + origin
-    maximum_ptr = pointer_to_fours(maximum_address, MAXIMUM_DTYPE, FULL) + origin
+    maximum_ptr = pointer_to_fours(maximum_address, maximum_dtype(WORD), FULL) + origin
     master_ptr = pointer_to_fours(master_address, tl.float32, FULL) + origin
     scale_ptr = pointer_to(scale_address, tl.int32, False) + first_block
     blocks_per_row = tl.cdiv(row_length, BLOCK)
@@ -245,11 +262,12 @@ def update_packed_kernel(
         COLLECT: tl.constexpr = statistics is not None
         random = random_bits_of(row, rounding + tensor * ROUNDING_FIELDS)
 
-        aligned = ((theta | packed | maximum | master) & 15) == 0
+        aligned = allows_fours(theta, THETA_DTYPE) & allows_fours(master, tl.float32)
+        aligned &= allows_fours(packed, WORD) & allows_fours(maximum, maximum_dtype(WORD))
         whole = (num_blocks == CHUNK_BLOCKS) & (row_length % BLOCK == 0)
         if whole & aligned & shares_calls(random):
             # its own branch: a gradient that is a view into a bucket may have any address
-            if ((g & 15) == 0) & are_plain(s):
+            if allows_fours(g, G_DTYPE) & are_plain(s):
                 theta_sum, update_sum, collected = update_blocks(
                     theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                     row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
