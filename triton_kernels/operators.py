@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,9 +56,9 @@ _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
-# with these a multiprocessor has five programs, for which no more than a few words of the tail are
-# spilled; where main loops would spill some, on Blackwell, four
-_PACKED_REGISTERS, _PACKED_REGISTERS_OF_BLACKWELL = 96, 128
+# with these a multiprocessor has five programs, for which a few words of the tail, if any, are
+# spilled
+_PACKED_REGISTERS = 96
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 
 # owned by the first parameter's counter, which lives as long as the optimizer's state
@@ -308,18 +307,10 @@ def _launch_update(
     del kept
 
 
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """90 for 9.0; 0 for a CPU, where kernels are interpreted."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
-
-
-def _packed_options(amsgrad: bool, collect: bool, capability: int) -> dict[str, Any]:
+def _packed_options(amsgrad: bool, collect: bool) -> dict[str, Any]:
     if amsgrad or collect or "maxnreg" not in _UPDATE_OPTIONS:
         return _UPDATE_OPTIONS
-    registers = _PACKED_REGISTERS if capability < 100 else _PACKED_REGISTERS_OF_BLACKWELL
-    return {**_UPDATE_OPTIONS, "maxnreg": registers}
+    return {**_UPDATE_OPTIONS, "maxnreg": _PACKED_REGISTERS}
 
 
 def _launch_chunks(
@@ -357,7 +348,7 @@ def _launch_chunks(
                 AMSGRAD=amsgrad,
                 ROUND_THETA=c.is_stochastic,
                 **options,
-                **_packed_options(amsgrad, statistics is not None, _capability(scalars.device)),
+                **_packed_options(amsgrad, statistics is not None),
             )  # fmt: skip
         else:
             mta.update_kernel[(c.num_chunks,)](
