@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -641,6 +642,34 @@ def test_norms_of_many_optimizers_are_found_again(monkeypatch: pytest.MonkeyPatc
         for numel in range(1, 33):
             assert kernels().sum_of_squares([torch.ones(numel)]).item() == numel
     assert len(built) == 32
+
+
+@interpreted
+def test_a_capture_is_asked_for_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its current stream, not of one of the device that happens to be current."""
+    from maxva_kernels.triton_kernels import operators, tables
+
+    current, asked_there = [], []
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def is_capturing(device: torch.device) -> bool:
+        asked_there.append(current == [device])
+        return False
+
+    monkeypatch.setattr(operators, "_on_device", on_device)
+    for module in (operators, tables):
+        monkeypatch.setattr(module, "is_capturing", is_capturing)
+    given = arguments()
+    for run in (lambda: kernels().update_(**given), lambda: kernels().sum_of_squares(given["g"])):
+        asked_there.clear()
+        run()
+        assert asked_there
+        assert all(asked_there)
 
 
 class Interrupted(list[Any]):

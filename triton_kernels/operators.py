@@ -195,33 +195,33 @@ def _update(
     phase: int,
     check_only: bool,
 ) -> None:
-    theta, g = lists.theta, lists.g
-    if not theta:
+    if not lists.theta:
         return
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"maxva: algorithm must be 'madam' or 'lamadam', is {algorithm!r}")
-    check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
-    table = _find_update_table(lists)
-    fitter = None
-    if table.needs_fitting:
-        check_written(lists, grad_scale is not None)
-    if check_only:
-        return
-    if table.needs_fitting:
-        fitter = LayoutFitter(lists, grad_scale is not None)
-        lists = fitter.lists
+    # the look for a table, too, asks whether this device's current stream is being captured
+    with _on_device(lists.theta[0].device):
+        check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
         table = _find_update_table(lists)
-    with _on_device(table.device):
+        if table.needs_fitting:
+            check_written(lists, grad_scale is not None)
+        if check_only:
+            return
+        given, fitter = lists, None
+        if table.needs_fitting:
+            fitter = LayoutFitter(lists, grad_scale is not None)
+            lists = fitter.lists
+            table = _find_update_table(lists)
         _launch_update(
             table, lists, hyper, lr, control, grad_scale, norms, statistics,
             _ALGORITHMS[algorithm], phase,
         )  # fmt: skip
-    if fitter is not None:
-        fitter.copy_back()
+        if fitter is not None:
+            fitter.copy_back()
     # states are left out: autograd never sees them, and the time is a tenth of the step's
-    _bump_versions(theta)
+    _bump_versions(given.theta)
     if grad_scale is not None:
-        _bump_versions(g)
+        _bump_versions(given.g)
 
 
 def _find_update_table(lists: TensorLists) -> UpdateTable:
