@@ -13,7 +13,7 @@ standard deviation sd = sqrt(var), and the root of vmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -315,19 +315,6 @@ def _word(codes: list[Tensor], bits: int) -> Tensor:
     for k, code in enumerate(codes[1:], 1):
         word = word | code << bits * k
     return word
-
-
-def rows_are_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a tensor fills its memory, and its rows of dimension 0 lie one after the other."""
-    if 0 in shape:
-        return True
-    expected = 1
-    dims = [(step, size) for step, size in zip(stride, shape, strict=True) if size > 1]
-    for step, size in sorted(dims):
-        if step != expected:
-            return False
-        expected *= size
-    return shape[0] == 1 or stride[0] * shape[0] == expected
 
 
 def _in_rows(x: Tensor) -> Tensor:

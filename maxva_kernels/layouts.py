@@ -6,6 +6,7 @@ there, plain Python does, at some hundreds or a thousand.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
@@ -52,6 +53,25 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
         return True
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(x == y for size, x, y in strides if size > 1)
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor's elements fill a piece of memory, each once."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for step, size in sorted((y, x) for x, y in zip(shape, stride, strict=True) if x > 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def rows_are_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory, and its rows of dimension 0 lie one after the other."""
+    if not is_dense(shape, stride):
+        return False
+    return 0 in shape or shape[0] == 1 or stride[0] == math.prod(shape[1:])
 
 
 def agree(first: Iterable[Any], second: Iterable[Any]) -> bool:

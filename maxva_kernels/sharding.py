@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from maxva_kernels.batch import STATE_KEYS, Batch, Statistic
-from maxva_kernels.compact import BLOCK, num_blocks, rows_are_dense
+from maxva_kernels.compact import BLOCK, num_blocks
 from maxva_kernels.hyper import describe
-from maxva_kernels.layouts import SHAPE, agree
+from maxva_kernels.layouts import SHAPE, agree, rows_are_dense
 
 #: Fields of a Batch that are divided as their parameter is, with the names users know.
 _LIKE_PARAMETER = {"g": "gradient", **STATE_KEYS}

@@ -23,12 +23,11 @@ from maxva_kernels.compact import (
     holds_nonfinite,
     num_blocks,
     pack,
-    rows_are_dense,
     unpack,
     used_exponents,
 )
 from maxva_kernels.hyper import describe
-from maxva_kernels.layouts import facts_of, fit, same_layout
+from maxva_kernels.layouts import facts_of, fit, rows_are_dense, same_layout
 from maxva_kernels.sharding import (
     check_placement,
     division,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ TENSORS: dict[str, Any] = {
     "expanded": lambda: BASE[:6].expand(4, 6),
     "empty": lambda: BASE[:0],
     "empty matrix": lambda: BASE[:0].view(0, 6),
+    "empty rows": lambda: BASE[:0].view(6, 0),
+    "channels last": lambda: BASE[:24].view(2, 2, 3, 2).permute(0, 3, 1, 2),
+    "columns of a matrix": lambda: BASE[:24].view(4, 6)[:, :5],
     "scalar": lambda: BASE[3],
     "integers": lambda: BASE[:24].view(torch.int32),
     "half": lambda: BASE[:24].half(),
@@ -73,6 +77,19 @@ def test_fit_is_pythons() -> None:
             assert fits == native.fit([BASE.to(dtype), a], [BASE, b], dtype), (one, other, dtype)
             outcomes.add(fits)
     assert outcomes == {False, True}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_dense_is_every_place_in_a_piece_of_memory_once(name: str) -> None:
+    tensor = TENSORS[name]()
+    shape, stride = tensor.shape, tensor.stride()
+    indices = itertools.product(*map(range, shape))
+    places = sorted((sum(map(operator.mul, index, stride)), index[:1]) for index in indices)
+    dense = [place for place, _ in places] == list(range(tensor.numel()))
+    assert layouts.is_dense(shape, stride) == dense
+    if shape:
+        rows = [row for _, row in places]
+        assert layouts.rows_are_dense(shape, stride) == (dense and rows == sorted(rows))
 
 
 def test_a_sparse_tensor_is_no_dense_one() -> None:

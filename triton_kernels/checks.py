@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from maxva_kernels.layouts import is_dense, rows_are_dense, same_layout
+
 from .compact import BLOCK
 from .statistics import NUM_STATISTICS
+from .step_scalars import CONTROL_FIELDS, HYPER_FIELDS
 from .stochastic_rounding import ROUNDING_FIELDS, Rounding, rows_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HYPER_FIELDS = 14
-CONTROL_FIELDS = 3
 
 #: Names in messages.
 NAMES = {
@@ -122,12 +123,12 @@ def check_one_element(
 def check_control(control: Tensor | None, device: torch.device) -> None:
     """Raises unless it is None or a control block on the device."""
     if control is not None and not (
-        control.numel() == CONTROL_FIELDS
+        control.numel() == CONTROL_FIELDS.value
         and control.is_contiguous()
         and control.dtype == torch.float64
         and control.device == device
     ):
-        raise ValueError(f"maxva: control must be float64 [{CONTROL_FIELDS}] on {device}")
+        raise ValueError(f"maxva: control must be float64 [{CONTROL_FIELDS.value}] on {device}")
 
 
 def check_table(
@@ -186,10 +187,11 @@ def check_arguments(
     for name, tensors in lists.states.items():
         if len(tensors) != n and not (lists.may_be_empty(name) and not tensors):
             raise ValueError(f"maxva: {n} parameters, but {len(tensors)} of {NAMES[name]}")
-    if len(hyper) != groups * HYPER_FIELDS or len(lr) != groups:
+    num_hyper = groups * HYPER_FIELDS.value
+    if len(hyper) != num_hyper or len(lr) != groups:
         raise ValueError(
-            f"maxva: {groups} groups need {groups * HYPER_FIELDS} hyper-parameters and {groups} "
-            f"learning rates, got {len(hyper)} and {len(lr)}"
+            f"maxva: {groups} groups need {num_hyper} hyper-parameters and {groups} learning "
+            f"rates, got {len(hyper)} and {len(lr)}"
         )
     # fewer: a group with parameters in two calls is counted in one of them
     if len(lists.group_step) > groups:
@@ -265,7 +267,7 @@ def _check_packed_states(lists: TensorLists, i: int) -> None:
     theta, states = lists.theta[i], lists.states
     if theta.dtype == torch.float64:
         raise TypeError(f"maxva: parameter {i} is float64, which has no compact states")
-    if theta.dim() == 0 or not is_dense(theta) or not _rows_are_outermost(theta):
+    if theta.dim() == 0 or not rows_are_dense(theta.shape, theta.stride()):
         raise ValueError(
             f"maxva: parameter {i} of shape {list(theta.shape)} and strides "
             f"{list(theta.stride())} must be dense with dimension 0 outermost to have compact "
@@ -286,7 +288,7 @@ def _check_packed_states(lists: TensorLists, i: int) -> None:
             )
         check_like_parameter(tensor, theta, NAMES[name], i)
         # of another order of elements blocks would be others
-        if name != "master" and not _same_layout(theta, tensor):
+        if name != "master" and not same_layout(theta, tensor):
             raise ValueError(
                 f"maxva: {NAMES[name]}[{i}] has strides {list(tensor.stride())}, its parameter has "
                 f"{list(theta.stride())}"
@@ -320,28 +322,6 @@ def _check_rounding(lists: TensorLists, i: int, row: Rounding) -> None:
         raise ValueError(f"maxva: rounding[{i}] is for a bfloat16 parameter without master weights")
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill a piece of memory, each once."""
-    expected = 1
-    dims = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(dim for dim in dims if dim[1] != 1):
-        if stride != expected and tensor.numel():
-            return False
-        expected *= size
-    return True
-
-
-def _rows_are_outermost(tensor: Tensor) -> bool:
-    """Of a dense tensor: whether row after row of dimension 0 lies in memory."""
-    return tensor.shape[0] <= 1 or tensor.stride(0) == row_length(tensor)
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return all(
-        size <= 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
 class LayoutFitter:
     """Note [Layouts] in csrc/bindings.cpp: what is not laid out as its parameter is copied.
 
@@ -358,7 +338,7 @@ class LayoutFitter:
             states={name: list(tensors) for name, tensors in lists.states.items()},
         )
         for i, theta in enumerate(lists.theta):
-            if not is_dense(theta):
+            if not is_dense(theta.shape, theta.stride()):
                 fitted.theta[i] = self._copied_back(theta, theta.contiguous())
             theta = fitted.theta[i]
             fitted.g[i] = self._like(theta, lists.g[i], gradient_written)
@@ -367,7 +347,7 @@ class LayoutFitter:
         self.lists = fitted
 
     def _like(self, theta: Tensor, tensor: Tensor, written: bool) -> Tensor:
-        if _same_layout(theta, tensor):
+        if same_layout(theta, tensor):
             return tensor
         fitted = torch.empty_strided(
             theta.shape, theta.stride(), dtype=tensor.dtype, device=tensor.device
@@ -389,6 +369,7 @@ def needs_fitting(lists: TensorLists) -> bool:
     """Whether any tensor has to go through a temporary."""
     others = [lists.g, *(lists.states[name] for name in lists.like_parameter())]
     return any(
-        not is_dense(theta) or any(not _same_layout(theta, tensors[i]) for tensors in others)
+        not is_dense(theta.shape, theta.stride())
+        or any(not same_layout(theta, tensors[i]) for tensors in others)
         for i, theta in enumerate(lists.theta)
     )

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from maxva_kernels.layouts import is_dense
+
 from . import multi_tensor_apply as mta
 from . import norm, packed_update
 from .checks import (
@@ -25,7 +27,6 @@ from .checks import (
     check_one_element,
     check_tensors,
     check_written,
-    is_dense,
     needs_fitting,
 )
 from .maxva_math import LAMADAM, MADAM
@@ -396,7 +397,7 @@ def sum_of_squares(g: Sequence[Tensor]) -> Tensor:
     found = gradient_signature(g)
     if found is None:
         check_gradients(g)
-        g = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in g]
+        g = [x if is_dense(x.shape, x.stride()) else x.contiguous() for x in g]
         found = [tensor.numel() for tensor in g], [tensor.dtype for tensor in g]
     numels, dtypes = found
     tables = _norm_tables.setdefault(device, Tables(MAX_NORM_TABLES))
