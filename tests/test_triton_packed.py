@@ -457,6 +457,7 @@ ROWS: dict[str, tuple[int, ...]] = {
     [
         ((40, 128), "contiguous", "contiguous"),
         ((9, 2, 261), "misaligned", "contiguous"),
+        ((9, 2, 130), "contiguous", "contiguous"),
         ((3, 3, 5, 11), "channels_last", "contiguous"),
         ((3, 150), "contiguous", "transposed"),
         ((3, 150), "contiguous", "gappy"),
@@ -471,11 +472,12 @@ def test_rows_and_layouts(shape: Any, layout: str, grad_layout: str, word: str) 
     check_step(batch, "madam", grad_scale=None if grad_layout == "expanded" else torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("shape", [(33, 128), (3, 132)])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @interpreted
-def test_random_words_of_shards(rows: tuple[int, ...]) -> None:
-    """A whole chunk, whose threads make a call's four words, and a tail with one word at a time."""
-    check_step(make_batch([(33, 128)], rows=[rows], dtype=torch.bfloat16), "madam")
+def test_random_words_of_shards(rows: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """A chunk and rows whose threads make a call's four words, or one word at a time."""
+    check_step(make_batch([shape], rows=[rows], dtype=torch.bfloat16), "madam")
 
 
 @pytest.mark.parametrize("options", [
@@ -483,11 +485,12 @@ def test_random_words_of_shards(rows: tuple[int, ...]) -> None:
     {"word": "int8", "dtype": torch.bfloat16, "rows": [ROWS["columns"]], "amsgrad": True},
     {"word": "bfloat16", "dtype": torch.float16, "master": True, "amsgrad": True},
 ], ids=["int8", "int8_bf16", "bfloat16_fp16"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(32, 128), (9, 132)])
 @interpreted
-def test_alignment_does_not_matter(options: dict[str, Any]) -> None:
-    aligned = steps(make_batch([(32, 128)], **options))
+def test_alignment_does_not_matter(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    aligned = steps(make_batch([shape], **options))
     for layouts in ({"layout": "misaligned"}, {"grad_layout": "misaligned"}):
-        batch = make_batch([(32, 128)], **options, **layouts)
+        batch = make_batch([shape], **options, **layouts)
         moved = batch.g if "grad_layout" in layouts else batch.packed
         assert all(tensor.data_ptr() % 16 for tensor in moved)
         misaligned = steps(batch)
@@ -496,34 +499,43 @@ def test_alignment_does_not_matter(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "of_theta", "of_g", "path"),
+    ("dtype", "row", "of_theta", "of_g", "path"),
     [
-        (torch.float32, 4, 4, "favorable"), (torch.float32, 4, 2, "full"),
-        (torch.float32, 2, 4, "tail"), (torch.bfloat16, 4, 4, "favorable"),
-        (torch.bfloat16, 4, 2, "full"), (torch.bfloat16, 2, 4, "tail"),
+        (torch.float32, 128, 4, 4, "favorable"), (torch.float32, 128, 4, 2, "full"),
+        (torch.float32, 128, 2, 4, "single"), (torch.bfloat16, 128, 4, 4, "favorable"),
+        (torch.bfloat16, 128, 4, 2, "full"), (torch.bfloat16, 128, 2, 4, "single"),
+        (torch.float32, 124, 4, 4, "fours"), (torch.float32, 124, 4, 2, "single"),
+        (torch.float32, 124, 2, 4, "single"), (torch.float32, 126, 4, 4, "single"),
+        (torch.bfloat16, 124, 4, 4, "fours"), (torch.bfloat16, 124, 4, 2, "single"),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )  # fmt: skip
 @interpreted
 def test_four_elements_are_asked_to_be_aligned_and_no_more(
-    dtype: torch.dtype, of_theta: int, of_g: int, path: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    row: int,
+    of_theta: int,
+    of_g: int,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Lists begin so many elements after an aligned address; a whole chunk takes the path."""
+    """Of lists that begin so many elements after an aligned address, by the path they take."""
     from maxva_kernels.triton_kernels import packed_update
 
     taken = []
     update_blocks = packed_update.update_blocks
 
-    def recorded(*args: Any, FULL: bool, FAVORABLE: bool) -> Any:
-        taken.append("favorable" if FAVORABLE else "full" if FULL else "tail")
-        return update_blocks(*args, FULL=FULL, FAVORABLE=FAVORABLE)
+    def recorded(*args: Any, FOURS: bool, FULL: bool, FAVORABLE: bool) -> Any:
+        kinds = {"favorable": FAVORABLE, "full": FULL, "fours": FOURS, "single": True}
+        taken.append(next(kind for kind, applies in kinds.items() if applies))
+        return update_blocks(*args, FOURS=FOURS, FULL=FULL, FAVORABLE=FAVORABLE)
 
     def moved(tensor: Tensor, elements: int) -> Tensor:
         there = torch.empty(tensor.numel() + elements, dtype=tensor.dtype)[elements:]
         return there.view(tensor.shape).copy_(tensor)
 
     monkeypatch.setattr(packed_update, "update_blocks", recorded)
-    batch = make_batch([(32, 128)], dtype=dtype)
+    batch = make_batch([(32, row)], dtype=dtype)
     batch.theta, batch.g = [moved(batch.theta[0], of_theta)], [moved(batch.g[0], of_g)]
     call(batch)
     assert taken == [path]

@@ -57,8 +57,8 @@ _UPDATE_OPTIONS: dict[str, Any] = {"num_warps": mta.NUM_WARPS, "enable_fp_fusion
 if torch.version.hip is None:
     # ptxas by itself stops at 128 for some variants and spills a few bytes
     _UPDATE_OPTIONS["maxnreg"] = 160
-# with these a multiprocessor has five programs, for which a few words of the tail, if any, are
-# spilled
+# with these a multiprocessor has five programs, for which loops with masks spill a few words or
+# none
 _PACKED_REGISTERS = 96
 _NORM_OPTIONS = {"num_warps": norm.NUM_WARPS, "enable_fp_fusion": False}
 

@@ -61,13 +61,14 @@ TILE_BLOCKS = tl.constexpr(4)
 THREAD_ELEMENTS = tl.constexpr(4)
 
 # Note [Stages]
-# Whole tiles are copied to shared memory two or three tiles ahead. Each program runs one of three
+# Whole tiles are copied to shared memory two or three tiles ahead. Each program runs one of four
 # loops, yet Triton lays two loops' buffers over each other only where their sizes differ: hence
-# four stages beside three, and none for the tail. 18 KB, 28 of bfloat16 states, then leave it to
-# registers how many programs an A100's or H100's multiprocessor has; 3 * 12 or 16 KB would not.
+# four stages beside three, and none where rows or chunks end. 18 KB, 28 of bfloat16 states, then
+# leave it to registers how many programs an A100's or H100's multiprocessor has; 12 or 16 KB for
+# each loop would not.
 FAVORABLE_STAGES = tl.constexpr(3)
-OTHER_STAGES = tl.constexpr(4)
-TAIL_STAGES = tl.constexpr(1)
+FULL_STAGES = tl.constexpr(4)
+MASKED_STAGES = tl.constexpr(1)
 
 
 @triton.constexpr_function
@@ -120,46 +121,49 @@ def update_blocks(
     ROUND_THETA: tl.constexpr,
     COLLECT: tl.constexpr,
     PHASE: tl.constexpr,
+    FOURS: tl.constexpr,
     FULL: tl.constexpr,
     FAVORABLE: tl.constexpr,
 ):
     """Blocks [first_block, first_block + num_blocks) of one tensor.
 
-    FULL: num_blocks is CHUNK_BLOCKS, rows consist of whole blocks, everything but g is aligned, and
-    `shares_calls`. FAVORABLE: g is aligned, too, and s `are_plain`. Returns what update_chunk of
-    multi_tensor_apply.py does.
+    FOURS: everything `allows_fours`, row_length is a multiple of four, and `shares_calls`. FULL:
+    FOURS but for g, num_blocks is CHUNK_BLOCKS, and rows consist of whole blocks. FAVORABLE: FULL
+    and FOURS, and s `are_plain`. Returns what update_chunk of multi_tensor_apply.py does.
     """
     OPS: tl.constexpr = NONZERO if FAVORABLE else FAST
     if FAVORABLE:
         s = plain_scalars(s)
     # FULL counts elements and blocks from the first block, which leaves 32 bits
     origin = first_block * BLOCK if FULL else first_block * 0
-    theta_ptr = pointer_to_fours(theta_address, THETA_DTYPE, FULL) + origin
-    g_ptr = pointer_to_fours(g_address, G_DTYPE, FULL and FAVORABLE) + origin
-    packed_ptr = pointer_to_fours(packed_address, WORD, FULL) + origin
-    maximum_ptr = pointer_to_fours(maximum_address, maximum_dtype(WORD), FULL) + origin
-    master_ptr = pointer_to_fours(master_address, tl.float32, FULL) + origin
+    theta_ptr = pointer_to_fours(theta_address, THETA_DTYPE, FOURS) + origin
+    g_ptr = pointer_to_fours(g_address, G_DTYPE, FAVORABLE or (FOURS and not FULL)) + origin
+    packed_ptr = pointer_to_fours(packed_address, WORD, FOURS) + origin
+    maximum_ptr = pointer_to_fours(maximum_address, maximum_dtype(WORD), FOURS) + origin
+    master_ptr = pointer_to_fours(master_address, tl.float32, FOURS) + origin
     scale_ptr = pointer_to(scale_address, tl.int32, False) + first_block
     blocks_per_row = tl.cdiv(row_length, BLOCK)
     theta_sum = tl.full((), 0.0, tl.float64)
     update_sum = tl.full((), 0.0, tl.float64)
     statistics = no_statistics()
-    STAGES: tl.constexpr = (
-        (FAVORABLE_STAGES if FAVORABLE else OTHER_STAGES) if FULL else TAIL_STAGES
-    )
+    STAGES: tl.constexpr = FAVORABLE_STAGES if FAVORABLE else FULL_STAGES if FULL else MASKED_STAGES
     for start in tl.range(0, CHUNK_BLOCKS if FULL else num_blocks, TILE_BLOCKS, num_stages=STAGES):
         block = start + tl.arange(0, TILE_BLOCKS)
         if FULL:
             block_mask = None
             mask = None
-            i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            first = block * BLOCK
         else:
             block_mask = block < num_blocks
             row = (first_block + block) // blocks_per_row
-            begin = (first_block + block - row * blocks_per_row) * BLOCK
-            column = begin[:, None] + tl.arange(0, BLOCK)[None, :]
-            i = (row * row_length)[:, None] + column
-            mask = block_mask[:, None] & (column < row_length)
+            column = (first_block + block - row * blocks_per_row) * BLOCK
+            first = row * row_length + column
+            mask = column[:, None] + tl.arange(0, BLOCK)[None, :] < row_length
+            mask = mask & block_mask[:, None]
+            if FOURS:
+                first = tl.multiple_of(first, THREAD_ELEMENTS)
+                mask = tl.max_constancy(mask, [1, THREAD_ELEMENTS])
+        i = first[:, None] + tl.arange(0, BLOCK)[None, :]
         other = None if FULL else 0
         theta = load_parameter(theta_ptr, master_ptr, i, mask, tl.float32, HAS_MASTER)
         g_raw = load_gradient(g_ptr, i, mask, grad_scale, tl.float32, G_DTYPE, PHASE)
@@ -191,11 +195,9 @@ def update_blocks(
             if COLLECT:
                 statistics = add_step_sizes(statistics, step, s, mask)
             theta = moved_parameter(theta, step, s)
-            if FULL:
+            if FOURS:
                 fours = tl.arange(0, BLOCK // THREAD_ELEMENTS) * THREAD_ELEMENTS
-                words = random_words_by_fours(
-                    random, origin + (block[:, None] * BLOCK + fours[None, :])
-                )
+                words = random_words_by_fours(random, origin + (first[:, None] + fours[None, :]))
             else:
                 words = random_words(random, i)
             store_parameter(
@@ -264,25 +266,31 @@ def update_packed_kernel(
 
         aligned = allows_fours(theta, THETA_DTYPE) & allows_fours(master, tl.float32)
         aligned &= allows_fours(packed, WORD) & allows_fours(maximum, maximum_dtype(WORD))
-        whole = (num_blocks == CHUNK_BLOCKS) & (row_length % BLOCK == 0)
-        if whole & aligned & shares_calls(random):
+        fours = aligned & (row_length % THREAD_ELEMENTS == 0) & shares_calls(random)
+        if fours & (num_blocks == CHUNK_BLOCKS) & (row_length % BLOCK == 0):
             # its own branch: a gradient that is a view into a bucket may have any address
             if allows_fours(g, G_DTYPE) & are_plain(s):
                 theta_sum, update_sum, collected = update_blocks(
                     theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                     row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
-                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=True, FAVORABLE=True,
+                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FOURS=True, FULL=True, FAVORABLE=True,
                 )  # fmt: skip
             else:
                 theta_sum, update_sum, collected = update_blocks(
                     theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                     row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
-                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=True, FAVORABLE=False,
+                    HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FOURS=True, FULL=True, FAVORABLE=False,
                 )  # fmt: skip
+        elif fours & allows_fours(g, G_DTYPE):
+            theta_sum, update_sum, collected = update_blocks(
+                theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
+                row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
+                HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FOURS=True, FULL=False, FAVORABLE=False,
+            )  # fmt: skip
         else:
             theta_sum, update_sum, collected = update_blocks(
                 theta, g, packed, block_scale, maximum, master, first_block, num_blocks,
                 row_length, s, scale, random, THETA_DTYPE, G_DTYPE, WORD, ALGORITHM, AMSGRAD,
-                HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FULL=False, FAVORABLE=False,
+                HAS_MASTER, ROUND_THETA, COLLECT, PHASE, FOURS=False, FULL=False, FAVORABLE=False,
             )  # fmt: skip
         store_sums(chunk, theta_sum, update_sum, sums, collected, statistics, PHASE)
