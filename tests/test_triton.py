@@ -612,6 +612,20 @@ def test_tables_end_with_their_optimizer() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (3, 0)])
+def test_empty_tensors_have_every_layout(shape: tuple[int, ...], asked: str) -> None:
+    strides = tuple(range(5, 5 + len(shape)))
+    p, empty = Parameter(torch.ones(3)), Parameter(torch.empty_strided(shape, strides))
+    p.grad, empty.grad = torch.ones(3), torch.empty(shape)
+    assert empty.stride() != empty.grad.stride()
+    opt = FUSED["madam"]([p, empty], lr=0.1, backend="triton")
+    opt.step()
+    opt.step()
+    assert opt.state[empty]["step"].item() == 2
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.8), rtol=0, atol=1e-5)
+
+
+@interpreted
 def test_equal_steps_copy_nothing_anew(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradients and hyper-parameters where they were, no word travels to the device."""
     from maxva_kernels.triton_kernels import tables

@@ -131,7 +131,7 @@ class Uploads:
     def prepare_capture(self, num_words: int) -> None:
         """Sets host memory aside: allocating it during a capture may be refused."""
         if _pinned(self._device) and (self._spare is None or self._spare.numel() < num_words):
-            self._spare = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
+            self._spare = torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def copy(self, words: list[int]) -> Tensor:
         """An int64 tensor of `words` on the device; the copy is asynchronous."""
@@ -139,19 +139,27 @@ class Uploads:
             return torch.tensor(words, dtype=torch.int64, device=self._device)
         spare = self._spare if is_capturing(self._device) else None
         if spare is None or spare.numel() < len(words):
-            return self._to_device(torch.tensor(words, dtype=torch.int64, pin_memory=True))
+            return self.copy_tensor(_host_words(words))
         self._spare = None
-        return self._to_device(spare[: len(words)].copy_(torch.tensor(words, dtype=torch.int64)))
+        return self._to_device(spare[: len(words)].copy_(_host_words(words)))
 
     def copy_tensor(self, host: Tensor) -> Tensor:
         """The same of a tensor of any dtype."""
-        return self._to_device(host.pin_memory()) if _pinned(self._device) else host
+        if not _pinned(self._device):
+            return host
+        pinned = torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=True)
+        return self._to_device(pinned.copy_(host))
 
     def _to_device(self, pinned: Tensor) -> Tensor:
         # the pinned allocator reuses this memory only after the copy is done
         if is_capturing(self._device):
             self._held.append(pinned)
         return pinned.to(self._device, non_blocking=True)
+
+
+def _host_words(words: Sequence[int]) -> Tensor:
+    # whatever the default device is
+    return torch.tensor(words, dtype=torch.int64, device="cpu")
 
 
 class StepWords:
@@ -214,8 +222,8 @@ def _chunk_map(units: Sequence[int], chunk: int) -> tuple[list[int], Tensor]:
     The latter int32 on the CPU: a list would take a fifth of a second where there are millions.
     """
     counts = [-(-count // chunk) for count in units]
-    tensors = torch.arange(len(units), dtype=torch.int32)
-    return list(accumulate(counts)), tensors.repeat_interleave(torch.tensor(counts))
+    tensors = torch.arange(len(units), dtype=torch.int32, device="cpu")
+    return list(accumulate(counts)), tensors.repeat_interleave(_host_words(counts))
 
 
 @dataclass
