@@ -28,9 +28,13 @@ BUILD_TOOLS := "setuptools>=64" wheel "ninja>=1.11" "pybind11>=2.13,<4"
 
 # an environment keeps the torch that it was made with
 MADE_WITH := $(file <$(STAMPS)/torch)
-ifneq ($(origin TORCH),file)
-ifneq ($(MADE_WITH),$(if $(MADE_WITH),$(TORCH)))
-$(error $(VENV) was made with TORCH=$(MADE_WITH); choose another folder: VENV=...)
+ifneq ($(MADE_WITH),)
+ifeq ($(origin TORCH),file)
+TORCH := $(MADE_WITH)
+else ifneq ($(MADE_WITH),$(TORCH))
+ifeq ($(filter clean help,$(MAKECMDGOALS)),)
+$(error $(VENV) was made with TORCH=$(MADE_WITH); make clean, or choose another folder: VENV=...)
+endif
 endif
 endif
 

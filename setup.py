@@ -16,7 +16,13 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
-from cuda_toolkit import default_archs, find_cuda_home, nvcc_version, torch_arch_list
+from cuda_toolkit import (
+    default_archs,
+    find_cuda_home,
+    nvcc_version,
+    torch_arch_list,
+    visible_gpus,
+)
 
 VERSION = "0.1.0"
 OLDEST_TORCH = (2, 11)
@@ -133,9 +139,7 @@ def description():
         if archs := os.environ.get("MAXVA_CUDA_ARCHS"):
             os.environ["TORCH_CUDA_ARCH_LIST"] = torch_arch_list(archs)
         elif not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            gpus = range(torch.cuda.device_count())
-            visible = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
-            os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(cuda_home, visible)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(cuda_home, visible_gpus(torch.cuda))
         print(
             f"maxva-kernels: building with CUDA {nvcc_version(cuda_home)} from {cuda_home} for "
             f"{os.environ['TORCH_CUDA_ARCH_LIST']}"

@@ -430,7 +430,8 @@ pybind11::bytes facts_of(const BorrowedTensors& tensors, bool addresses) {
   };
   const TensorList list = tensors.list("tensors");
   // a copy-on-write tensor is copied where its address is taken
-  const c10::OptionalDeviceGuard guard(list.empty() ? std::nullopt : at::device_of(list[0]));
+  const bool copies = addresses && !list.empty();
+  const c10::OptionalDeviceGuard guard(copies ? at::device_of(list[0]) : std::nullopt);
   for (const Tensor& tensor : list) {
     const at::Device device = tensor.device();
     append({int64_t(device.type()), device.index(), int64_t(tensor.scalar_type()),

@@ -80,7 +80,7 @@ def _why_not_on(gpu: int) -> str | None:
 
 
 def why_not_cuda() -> str | None:
-    """Why the CUDA kernels cannot run on torch's current device; None where they can."""
+    """Why the CUDA kernels cannot run, on torch's current device if CUDA is in use; else None."""
     if _reason is not None:
         return _reason
     if not WITH_CUDA:
@@ -90,6 +90,9 @@ def why_not_cuda() -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    # who only asks what there is must not find CUDA initialized afterwards: no fork then
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
     return _why_not_on(torch.cuda.current_device())
 
 

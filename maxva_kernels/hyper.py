@@ -68,12 +68,14 @@ def check_lr(lr: Any) -> None:
 
 
 def check_given_lr(lr: Any) -> None:
-    """As check_lr, for what the caller gives: the value of a tensor, too, and no rounding."""
+    """As check_lr, and the value of a tensor, which may wait for its device."""
     check_lr(lr)
-    if not isinstance(lr, torch.Tensor):
-        _require(lr >= 0, "lr", lr, "finite and >= 0")
-    elif type(lr.detach()) is torch.Tensor and lr.device.type != "meta":
-        _require(0 <= lr.item() < math.inf, "lr", lr, "finite and >= 0")
+    if (
+        isinstance(lr, torch.Tensor)
+        and type(lr.detach()) is torch.Tensor  # a fake one has no value
+        and lr.device.type != "meta"
+    ):
+        check_lr(lr.item())
 
 
 def warn_of_eps(beta_min: float, beta_high: float, stacklevel: int) -> None:

@@ -176,7 +176,9 @@ class MaxVA(Optimizer):
         check_given_lr(lr)
         hyper_row(defaults)
         warn_of_eps(beta_min, betas[1], 3 + (type(self).__init__ is not MaxVA.__init__))
+        self._constructing = True  # groups take nothing over from each other
         super().__init__(params, defaults)
+        del self._constructing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as `torch.optim.Optimizer.add_param_group`.
@@ -188,17 +190,23 @@ class MaxVA(Optimizer):
             TypeError: a parameter is complex or not a float32, float64, bfloat16 or float16, or a
                 tensor subclass made of others (but for DTensors, and on the eager backend).
         """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # refuses it in its own words
         if "norm_process_group" in param_group:
             raise ValueError(
                 "norm_process_group concerns the optimizer and is no group key; a wrapper that "
                 "passes it to groups (ZeroRedundancyOptimizer) takes optimizer_class="
                 "functools.partial(FusedMAdam, norm_process_group=...)"
             )
-        if "backend" in param_group:
-            raise ValueError("backend concerns the optimizer and is no group key")
+        # ZeroRedundancyOptimizer passes what it has given the optimizer to groups, too
+        if param_group.get("backend", self._backend) != self._backend:
+            raise ValueError(
+                f"backend concerns the optimizer, which has {self._backend!r}, and is no group key"
+            )
         given = set(param_group)
-        for name in SHARED if self.param_groups else ():
-            param_group.setdefault(name, self.param_groups[0][name])
+        if self.param_groups and not hasattr(self, "_constructing"):
+            for name in SHARED:
+                param_group.setdefault(name, self.param_groups[0][name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -474,8 +482,8 @@ class MaxVA(Optimizer):
                     described = describe(group, index, p)
                     if is_expanded(p):
                         raise ValueError(
-                            f"{described} is expanded (strides {p.stride()}) and cannot be "
-                            f"written; clone it first"
+                            f"{described} is expanded (strides {p.stride()}): elements that share "
+                            f"memory cannot be written; clone it first"
                         ) from None
                     _check_gradient(described, p, p.grad, unscales)
                     check_fits(described, p, self.state.get(p, {}))

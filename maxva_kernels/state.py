@@ -166,8 +166,11 @@ def are_complete(
     for key in needed:
         if False in [key in state for state in states]:
             return False
-    if not has_master and True in ["master_param" in state for state in states]:
-        return False  # it would be out of date when it is used again
+    # a master weight that is not used would be out of date when it is used again
+    most = 1 + len(state_fields(compact, amsgrad, False))
+    may_have_master = not has_master and max(map(len, states), default=0) > most
+    if may_have_master and any("master_param" in state for state in states):
+        return False
     if compact is None:
         return True
     if not amsgrad and True in [PACKED_MAXIMUM in state for state in states]:
@@ -438,7 +441,7 @@ def check_fits(described: str, p: Tensor, state: dict[str, Any]) -> None:
     """Raises where p has another shape or precision than its state was made for."""
     for key in (*MOMENTS, MAXIMUM, PACKED, PACKED_MAXIMUM, "master_param"):
         value = state.get(key)
-        if value is None:
+        if value is None or holds_dtensor([value]) != holds_dtensor([p]):  # check_placement's part
             continue
         dtype = value.dtype if key in COMPACT else state_dtype(p)
         if value.shape != p.shape or value.dtype != dtype or value.device != p.device:
@@ -457,7 +460,7 @@ def placed(p: Tensor, key: str, value: Tensor) -> Tensor:
         return value.to(device=p.device).contiguous()
     dtype = value.dtype if key in COMPACT else state_dtype(p)
     if key not in _STREAMS:
-        return value.to(dtype=dtype, device=p.device)
+        return value.to(device=p.device)
     value = value.to(dtype=dtype, device=p.device)
     if key not in COMPACT and not _lies_as(p, value):
         return empty_apart(p, p, _STREAMS[key], dtype).copy_(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class StepStatistics:
     def __init__(self) -> None:
         # per device: float64 [parameters of the optimizer, len(Statistic)], NaN without a gradient
         self._rows: dict[torch.device, Tensor] = {}
-        self._params: list[Tensor] = []  # whose rows these are
+        self._params: list[weakref.ref[Tensor]] = []  # whose rows these are
         self._skipped: dict[torch.device, Tensor] = {}
         # per device: which rows the batches of a step fill, and the same on the device
         self._places: dict[torch.device, tuple[list[int], Tensor]] = {}
@@ -43,11 +44,12 @@ class StepStatistics:
             RuntimeError: a graph is being captured, and the step before it had other gradients;
                 every replay would begin the statistics anew.
         """
-        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        known = (ref() for ref in self._params)
+        same = len(params) == len(self._params) and all(map(operator.is_, params, known))
         if not same and not capturing:
-            self._params = params
-            for known in self._rows.values():
-                known.fill_(math.nan)
+            self._params = list(map(weakref.ref, params))
+            for rows_of_others in self._rows.values():
+                rows_of_others.fill_(math.nan)
         for device in dict.fromkeys(batch.device for batch in batches):
             filled = [i for batch in batches if batch.device == device for i in batch.parameters]
             rows, place = self._rows.get(device), self._places.get(device)
@@ -91,7 +93,7 @@ class StepStatistics:
         self, param_groups: list[dict[str, Any]], collecting: list[bool], sharding: Sharding
     ) -> list[dict[str, float]]:
         """What MaxVA.stats returns. Waits for the device, and for other ranks where sharded."""
-        params = self._params
+        params = [ref() for ref in self._params]
         group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
         tables = [rows.clone() for rows in self._rows.values()]
         sharding.sum_statistics([(params[: len(rows)], rows) for rows in tables])
@@ -102,10 +104,10 @@ class StepStatistics:
             values = rows.cpu()
             known = (~values[:, Statistic.ONE_MINUS_BETA].isnan()).nonzero().flatten().tolist()
             for i in known:
-                k = group_of.get(params[i])
-                if k is not None:  # removed since
-                    totals[k, 0] += params[i].numel()
-                    totals[k, 1:] += values[i]
+                p = params[i]
+                if p is not None and p in group_of:  # else removed since
+                    totals[group_of[p], 0] += p.numel()
+                    totals[group_of[p], 1:] += values[i]
         totals = sharding.sum_over_norm_group(totals)
         skipped = max((int(count) for count in self._skipped.values()), default=0)
         return [

@@ -284,6 +284,7 @@ def test_what_others_keep_in_a_dict_is_kept():
     saved["state"]["of no parameter"] = 5
     saved["state"][0]["note"] = torch.ones(5, 7)
     saved["state"][0]["noise_scale"] = torch.tensor(2.0)
+    saved["state"][0]["seen"] = torch.tensor([2**24 + 1])
     saved["param_groups"][0]["name"] = "encoder"
     optimizer.load_state_dict(saved)
     train(params, optimizer, 1, 2)
@@ -291,6 +292,7 @@ def test_what_others_keep_in_a_dict_is_kept():
     assert again["state"]["of no parameter"] == 5
     assert torch.equal(again["state"][0]["note"], torch.ones(5, 7))
     assert torch.equal(again["state"][0]["noise_scale"], torch.tensor(2.0))
+    assert torch.equal(again["state"][0]["seen"], torch.tensor([2**24 + 1]))
     assert again["param_groups"][0]["name"] == "encoder"
     assert again["state"][0]["step"] == 2
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -99,8 +99,24 @@ def test_no_kernel_spills_registers(compiled: dict[str, tuple[Path, str]]) -> No
     # 2 algorithms x amsgrad or not x 3 phases x statistics or not x 2 precisions; 2 packings x 2
     # algorithms x amsgrad or not x (norms, with statistics, without); and the four small kernels
     assert logs.count("Compiling entry function") == 48 + 24 + 4
-    spills = set(re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", logs))
+    _check_no_spills(logs)
+
+
+def _check_no_spills(log: str) -> None:
+    spills = set(re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", log))
     assert spills == {"0 bytes spill stores, 0 bytes spill loads"}
+
+
+@needs_nvcc
+def test_oldest_architecture_compiles_without_spills(tmp_path: Path) -> None:
+    """It has code of its own: without redux, maxima of a warp are shuffled."""
+    major, minor = min(toolkit.DEFAULT_ARCHS)
+    flags = [flag.replace(ARCH, f"sm_{major}{minor}") for flag in NVCC_FLAGS]
+    source = CSRC / "cuda_packed_int8.cu"
+    run = _run([CUDA_HOME / "bin/nvcc", *flags, "-c", source, "-o", tmp_path / "int8.o"])
+    log = run.stderr + run.stdout
+    assert log.count("Compiling entry function") == 12
+    _check_no_spills(log)
 
 
 @needs_nvcc
@@ -209,6 +225,17 @@ def test_default_architectures_are_what_the_toolkit_knows(
     nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
     nvcc.chmod(0o755)
     assert toolkit.default_archs(tmp_path, visible) == archs
+
+
+def test_gpus_that_do_not_answer_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def no_driver(gpu: int) -> tuple[int, int]:
+        raise RuntimeError("the driver is too old")
+
+    answers = SimpleNamespace(device_count=lambda: 2, get_device_capability=lambda gpu: (8, gpu))
+    assert toolkit.visible_gpus(answers) == [(8, 0), (8, 1)]
+    answers.get_device_capability = no_driver
+    assert toolkit.visible_gpus(answers) == []
+    assert "the driver is too old" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("archs", ["", "90"])

@@ -77,10 +77,14 @@ def test_gpu_that_was_not_compiled_for_is_told_in_words(monkeypatch: pytest.Monk
     monkeypatch.setattr(_extension, "WITH_CUDA", True)
     monkeypatch.setattr(_extension, "_archs", "7.5;8.0+PTX")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    initialized = [False]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized[0])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Volta")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability[gpu])
     _extension._why_not_on.cache_clear()
+    assert backends.backends()["cuda"] == "available"  # nothing that asks may initialize CUDA
+    initialized[0] = True
     message = 'Volta has 7.0; build it anew: MAXVA_CUDA_ARCHS="7.0"'
     assert message in backends.backends()["cuda"]
     with pytest.raises(RuntimeError, match=r"'cuda' is not available.*capability 7.5;8.0"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -270,6 +272,20 @@ def test_groups_may_change_before_anybody_asks(backend: str) -> None:
     assert math.isnan(stats["grad_norm"])
     opt.step()
     assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([8.0])
+
+
+def test_removed_parameters_are_let_go() -> None:
+    p, q = Parameter(torch.ones(2)), Parameter(torch.ones(3))
+    p.grad, q.grad = torch.ones(2), torch.ones(3)
+    opt = FusedMAdam([{"params": [p]}, {"params": [q]}], collect_stats=True)
+    opt.step()
+    opt.param_groups.pop()
+    del opt.state[q]
+    gone = weakref.ref(q)
+    del q
+    gc.collect()
+    assert gone() is None
+    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([math.sqrt(2)])
 
 
 def test_default_device_does_not_matter(backend: str) -> None:

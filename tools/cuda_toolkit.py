@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def _is_root(root: Path) -> bool:
@@ -76,6 +77,15 @@ def default_archs(root: Path, visible: Iterable[tuple[int, int]] = ()) -> str:
         if not any((major, k) in archs for k in range(minor + 1)):
             archs.add((major, minor))
     return ";".join(f"{major}.{minor}" for major, minor in sorted(archs)) + "+PTX"
+
+
+def visible_gpus(cuda: Any) -> list[tuple[int, int]]:
+    """What torch.cuda says of the GPUs; none where one cannot be used (a driver too old, busy)."""
+    try:
+        return [cuda.get_device_capability(gpu) for gpu in range(cuda.device_count())]
+    except Exception as error:
+        print(f"building for the usual GPUs, as those here do not answer: {error}")
+        return []
 
 
 if __name__ == "__main__":
