@@ -112,10 +112,10 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 def test_tensor_lr_is_checked_where_it_is_given(cls: Any, value: float) -> None:
     p, q = Parameter(torch.zeros(2)), Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="lr must be finite and >= 0, is tensor"):
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, is"):
         cls([p], lr=torch.tensor(value))
     opt = cls([p])
-    with pytest.raises(ValueError, match="lr must be finite and >= 0, is tensor"):
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, is"):
         opt.add_param_group({"params": [q], "lr": torch.tensor(value)})
     assert len(opt.param_groups) == 1
 
