@@ -78,7 +78,8 @@ test-external: $(STAMPS)/extension
 test-failure: $(STAMPS)/extension
 	MAXVA_FAILURE_TRIALS=20 $(PY) -m pytest tests/test_failure.py $(ARGS)
 
-# the Triton kernels with the Triton of torch 2.11, whose interpreter needs an older NumPy
+# the Triton kernels with the Triton of torch 2.11, whose interpreter needs an older NumPy; of what is
+# compiled one architecture
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON): | $(STAMPS)/extension
 	rm -rf $@.tmp  # of a run that was cut off
@@ -87,7 +88,7 @@ test-oldest-triton: build/triton-$(OLDEST_TRITON)
 	export PYTHONPATH=$(CURDIR)/$< && \
 	  $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton' && \
 	  $(PY) -m pytest tests/test_triton.py tests/test_triton_packed.py \
-	    tests/test_triton_compilation.py $(ARGS)
+	    tests/test_triton_compilation.py -k "not sm_80 and not sm_100" $(ARGS)
 
 pretrain: $(STAMPS)/extension
 	$(PY) $(if $(PROCS),-m torch.distributed.run --standalone --nproc-per-node $(PROCS)) examples/bert_pretraining/pretrain.py $(ARGS)
