@@ -215,9 +215,8 @@ def find_backend(name: str, device_type: str) -> Backend:
             and _serves(candidate, device_type)
             and info.why_not() is None
         )
-        best = BACKENDS.get(device_type)  # "cuda" and "cpu" are devices, too
-        if best is not None and (reason := best.why_not()):
-            _warn_of_fallback(device_type, name, reason)
+        if name != device_type and device_type in BACKENDS:  # "cuda" and "cpu" are both
+            _warn_of_fallback(device_type, name, BACKENDS[device_type].why_not() or "")
     elif not _serves(name, device_type):
         raise ValueError(
             f"backend {name!r} does not serve parameters on {device_type!r}; "
