@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maxva_kernels.compact import MAXIMUM_DTYPE, num_blocks
-from maxva_kernels.layouts import same_layout
+from maxva_kernels.layouts import is_fake, same_layout
 
 
 class Phase(enum.IntEnum):
@@ -38,6 +38,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: Fields of the control block, float64 on the gradients' device.
 SKIP, CLIP_FACTOR, GRAD_NORM, CONTROL_FIELDS = range(4)
+
+
+def skips_on_host(control: Tensor) -> bool:
+    """Whether a control block says skip, as far as the host can know without waiting."""
+    return control.device.type == "cpu" and not is_fake(control) and bool(control[SKIP])
 
 
 #: The fields of a Batch that hold states, beside `step`: their keys in a parameter's state.

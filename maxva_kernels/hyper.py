@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from maxva_kernels.compact import WORD_DTYPE
+from maxva_kernels.layouts import is_fake
 
 #: How states may be stored.
 STATE_DTYPES = ("float32", *WORD_DTYPE)
@@ -70,11 +71,7 @@ def check_lr(lr: Any) -> None:
 def check_given_lr(lr: Any) -> None:
     """As check_lr, and the value of a tensor, which may wait for its device."""
     check_lr(lr)
-    if (
-        isinstance(lr, torch.Tensor)
-        and type(lr.detach()) is torch.Tensor  # a fake one has no value
-        and lr.device.type != "meta"
-    ):
+    if isinstance(lr, torch.Tensor) and not is_fake(lr):
         check_lr(lr.item())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from maxva_kernels import _extension
 
@@ -24,6 +25,12 @@ _DEVICE: Callable[[Tensor], Any] = operator.attrgetter("device")
 
 #: The extension, or None where plain Python has to answer.
 native: Any = _extension.operators
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether its elements cannot be read, as where somebody estimates how much a step needs."""
+    # detach: under FakeTensorMode those of a tensor from outside cannot be, either
+    return tensor.is_meta or isinstance(tensor.detach(), FakeTensor)
 
 
 def facts_of(tensors: Sequence[Tensor]) -> Any:

@@ -32,6 +32,7 @@ from maxva_kernels.batch import (
     Batch,
     Phase,
     is_expanded,
+    skips_on_host,
 )
 from maxva_kernels.hyper import (
     SHARED,
@@ -41,6 +42,7 @@ from maxva_kernels.hyper import (
     hyper_row,
     warn_of_eps,
 )
+from maxva_kernels.layouts import is_fake
 from maxva_kernels.sharding import NormGroup, Sharding, is_made_of_others
 from maxva_kernels.state import (
     FP32_STATE_BELOW,
@@ -598,9 +600,11 @@ class MaxVA(Optimizer):
         """
         for group in self.param_groups:
             lr = group["lr"]
-            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr > 0:
+            if isinstance(lr, Tensor) and (lr.device.type != "cpu" or is_fake(lr)):
                 return False
-        if any(_is_capturing(batch.device) for batch in batches):
+            if lr > 0:
+                return False
+        if any(_is_capturing(batch.device) or is_fake(batch.theta[0]) for batch in batches):
             return False
         fresh = sum(not has_moments(before) for _, before in replaced)
         known = sum(has_moments(self.state[p]) for p in self.state if isinstance(p, Tensor))
@@ -694,7 +698,7 @@ class MaxVA(Optimizer):
         found = {
             device: control for device, (control, _) in controls.items() if control is not None
         }
-        skipped = any(device.type == "cpu" and bool(c[SKIP]) for device, c in found.items())
+        skipped = any(map(skips_on_host, found.values()))
         for group in self.param_groups:
             step = group["step"]
             if not isinstance(step, Tensor):

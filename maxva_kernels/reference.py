@@ -17,6 +17,7 @@ from maxva_kernels.batch import (
     Phase,
     Statistic,
     check_tensors,
+    skips_on_host,
 )
 from maxva_kernels.compact import Moments, Packed, pack, unpack
 from maxva_kernels.hyper import ROW
@@ -129,9 +130,9 @@ class EagerBackend:
         self.check(batch, algorithm, grad_scale)
         keep = None
         if control is not None:
-            keep = control[SKIP] != 0
-            if batch.device.type == "cpu" and keep:
+            if skips_on_host(control):
                 return
+            keep = control[SKIP] != 0
         index = 0
         for group, size in enumerate(batch.group_sizes):
             row = batch.hyper[group * (len(ROW) + 1) : (group + 1) * (len(ROW) + 1)]

@@ -10,6 +10,8 @@ from collections import deque
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -285,6 +287,43 @@ def test_the_profiler_shows_the_step_and_its_operators():
     names = {event.key for event in profile.key_averages()}
     wanted = {"maxva::update_", "maxva::sum_of_squares", "maxva::write_control_"}
     assert wanted | {"Optimizer.step#FusedMAdam.step"} <= names
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_grad_norm": 1.0, "skip_nonfinite": True},
+        {"state_dtype": "int8", "amsgrad": True},
+        {"trust_ratio": True, "collect_stats": True},
+        {"lr": torch.tensor(1e-3)},
+        {"lr": 0.0},
+    ],
+    ids=str,
+)
+def test_memory_can_be_estimated_without_memory(backend, options):
+    def trained(tracker):
+        model = torch.nn.Sequential(torch.nn.Linear(256, 300), torch.nn.Linear(300, 256))
+        optimizer = FusedMAdam(model.parameters(), backend=backend, **options)
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):
+                model(torch.ones(4, 256)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                tracker.reset_mod_stats()
+        return optimizer
+
+    tracker = MemTracker()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a tensor lr is none
+        estimated = trained(tracker)
+    actual = trained(MemTracker())
+    assert estimated.param_groups[0]["step"] == actual.param_groups[0]["step"] == 2
+    assert estimated.state_memory() == actual.state_memory()
+    if backend == "cpu":  # but for a tensor lr and the sums of collect_stats
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        assert 0 <= peak["Optstate"] - actual.state_memory()["total"] < 1024
 
 
 def test_version_counters_of_all_that_is_written_move():

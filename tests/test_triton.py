@@ -25,6 +25,7 @@ from exactness import (
 )
 from interpreted import interpreted
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import maxva_kernels
@@ -203,6 +204,20 @@ def test_signs_of_zeros_are_those_of_the_cpp_kernel(
 
 
 # --- stochastic rounding ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=str)
+@interpreted
+def test_fake_tensors_are_checked_and_not_touched(options: dict[str, Any]) -> None:
+    with FakeTensorMode():
+        p, q = (Parameter(torch.ones(64, 128)) for _ in range(2))
+        optimizer = FUSED["madam"]([p, q], backend="triton", max_grad_norm=1.0, **options)
+        p.grad = q.grad = torch.ones(64, 128)
+        optimizer.step()
+        assert optimizer.param_groups[0]["step"] == 1
+        optimizer.state[q]["step"] = torch.zeros(2)
+        with pytest.raises(ValueError, match="step"):
+            optimizer.step()
 
 
 @interpreted

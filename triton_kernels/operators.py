@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from maxva_kernels.layouts import is_dense
+from maxva_kernels.layouts import is_dense, is_fake
 
 from . import multi_tensor_apply as mta
 from . import norm, packed_update
@@ -200,6 +200,10 @@ def _update(
         return
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"maxva: algorithm must be 'madam' or 'lamadam', is {algorithm!r}")
+    if is_fake(lists.theta[0]):
+        check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
+        check_tensors(lists)
+        return
     # the look for a table, too, asks whether this device's current stream is being captured
     with _on_device(lists.theta[0].device):
         check_arguments(lists, hyper, lr, control, grad_scale, norms, statistics, phase)
@@ -394,6 +398,9 @@ def sum_of_squares(g: Sequence[Tensor]) -> Tensor:
     if not g:
         raise ValueError("maxva: sum_of_squares needs at least one tensor")
     device = g[0].device
+    if is_fake(g[0]):
+        check_gradients(g)
+        return g[0].new_empty(1, dtype=torch.float64)
     found = gradient_signature(g)
     if found is None:
         check_gradients(g)
@@ -444,6 +451,8 @@ def write_control_(
     check_one_element(sum_of_squares, "sum_of_squares", torch.float64, device)
     check_one_element(grad_scale, "grad_scale", None, device)
     check_one_element(found_inf, "found_inf", None, device)
+    if is_fake(control):
+        return
     with _on_device(device):
         norm.write_control_kernel[(1,)](
             control, sum_of_squares, grad_scale, found_inf, double_words([max_grad_norm])[0],
