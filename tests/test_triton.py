@@ -220,6 +220,20 @@ def test_fake_tensors_are_checked_and_not_touched(options: dict[str, Any]) -> No
             optimizer.step()
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@interpreted
+def test_a_gradient_without_memory_is_refused(max_grad_norm: float | None) -> None:
+    p = Parameter(torch.ones(5))
+    p.grad = torch._efficientzerotensor((5,))
+    optimizer = FUSED["madam"]([p], backend="triton", max_grad_norm=max_grad_norm)
+    with pytest.raises(ValueError, match="ZeroTensors"):
+        optimizer.step()
+    assert not optimizer.state
+    p.grad = p.grad.clone()
+    optimizer.step()
+    assert same_bits(p.detach(), torch.ones(5))
+
+
 @interpreted
 def test_philox_known_answers() -> None:
     from triton_rounding import KNOWN_ANSWERS, random_words

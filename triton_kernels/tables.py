@@ -65,8 +65,15 @@ _layout = attrgetter("layout")
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """The address of every tensor's first element."""
-    return list(map(_data_ptr, tensors))
+    """The address of every tensor's first element.
+
+    Raises:
+        ValueError: a tensor with elements has none.
+    """
+    found = list(map(_data_ptr, tensors))
+    if 0 in found and any(t.numel() and not _data_ptr(t) for t in tensors):
+        raise ValueError("maxva: a tensor has no memory (torch's ZeroTensors have none); clone it")
+    return found
 
 
 def signature(lists: TensorLists) -> list[Any]:
