@@ -130,7 +130,7 @@ MAXVA_INLINE float folded(float w) {
 #if defined(__CUDA_ARCH__)
   return ::fminf(w, 1.0f - w);
 #else
-  return w <= 0.5f ? w : 1.0f - w;
+  return w < 1.0f - w ? w : 1.0f - w;
 #endif
 }
 MAXVA_INLINE uint32_t fold_sign(float w) { return bits_of(0.5f - w); }

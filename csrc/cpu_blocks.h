@@ -203,7 +203,9 @@ MAXVA_INLINE void leave_statistics(const ChunkStatistics<T>& statistics, Phase p
 
 // Note [Random words]
 // kCallsAtOnce Philox calls are made whether all are needed or not, so that no loop has a
-// remainder; a block's words need room for one more such turn.
+// remainder; a block's words need room for one more such turn. The calls of a block count up from
+// `first` in the counter's lowest word, without a carry, so that of its first two rounds half is
+// the same for all of them.
 constexpr int64_t kCallsAtOnce = 8;
 constexpr int64_t kBlockWords = kBlock + 4 * kCallsAtOnce;
 
@@ -218,30 +220,55 @@ inline void random_calls(const RandomBits& random, int64_t first, int64_t calls,
 }
 
 #if defined(MAXVA_X86)
-// As above, in 64-bit lanes of one call each: one instruction, which GCC does not find, gives both
-// halves of a product. Only the lower halves of x0 to x3 are words.
+// What the calls of a block have in common after two rounds: with a = kPhiloxMultiplier0 * the
+// lowest word and, of the first round's x2, b = kPhiloxMultiplier1 * (a's upper half ^ first_x2),
+// they are x0 = b's upper half ^ x0, x1 = b's lower half, x2 = a's lower half ^ x2, and x3.
+struct TwoRounds {
+  uint32_t first_x2, x0, x2, x3;
+
+  TwoRounds(const RandomBits& random, int64_t first) {
+    const uint64_t b = uint64_t{kPhiloxMultiplier1} * random.parameter;
+    const uint32_t of_high_word = static_cast<uint32_t>(first >> 32) ^ random.key0;
+    const uint64_t a =
+        uint64_t{kPhiloxMultiplier0} * (static_cast<uint32_t>(b >> 32) ^ of_high_word);
+    first_x2 = random.t ^ random.key1;
+    x0 = static_cast<uint32_t>(b) ^ (random.key0 + kPhiloxKeyStep0);
+    x2 = static_cast<uint32_t>(a >> 32) ^ (random.key1 + kPhiloxKeyStep1);
+    x3 = static_cast<uint32_t>(a);
+  }
+};
+
+// As random_calls, in 64-bit lanes of one call each: one instruction, which GCC does not find,
+// gives both halves of a product. Only the lower halves of x0 to x3 are words.
 __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& random,
                                                               int64_t first, int64_t calls,
                                                               uint32_t* __restrict words) {
-  constexpr int kLanes = 4, kVectors = kCallsAtOnce / kLanes;
+  constexpr int kLanes = 4, kVectors = kCallsAtOnce / kLanes, kLast = kPhiloxRounds - 1;
+  constexpr int kSwapHalves = 0b10110001, kUpperHalves = 0b10101010;
   const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
   const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
   __m256i key0[kPhiloxRounds], key1[kPhiloxRounds];
-  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+  for (uint32_t round = 2; round < kPhiloxRounds; ++round) {
     key0[round] = _mm256_set1_epi64x(random.key0 + round * kPhiloxKeyStep0);
     key1[round] = _mm256_set1_epi64x(random.key1 + round * kPhiloxKeyStep1);
   }
+  const TwoRounds two(random, first);
+  const __m256i first_x2 = _mm256_set1_epi64x(two.first_x2), two_x0 = _mm256_set1_epi64x(two.x0),
+                two_x2 = _mm256_set1_epi64x(two.x2), two_x3 = _mm256_set1_epi64x(two.x3);
   for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
     __m256i x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       const __m256i call = _mm256_add_epi64(_mm256_set1_epi64x(first + k + j * kLanes),
                                             _mm256_set_epi64x(3, 2, 1, 0));
-      x0[j] = call;
-      x1[j] = _mm256_srli_epi64(call, 32);
-      x2[j] = _mm256_set1_epi64x(random.parameter);
-      x3[j] = _mm256_set1_epi64x(random.t);
+      const __m256i a = _mm256_mul_epu32(call, multiplier0);
+      const __m256i b =
+          _mm256_mul_epu32(_mm256_xor_si256(_mm256_srli_epi64(a, 32), first_x2), multiplier1);
+      x0[j] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), two_x0);
+      x1[j] = b;
+      x2[j] = _mm256_xor_si256(a, two_x2);
+      x3[j] = two_x3;
     }
-    for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int round = 2; round < kLast; ++round) {
       for (int j = 0; j < kVectors; ++j) {
         const __m256i a = _mm256_mul_epu32(x0[j], multiplier0);
         const __m256i b = _mm256_mul_epu32(x2[j], multiplier1);
@@ -252,8 +279,13 @@ __attribute__((target("avx2"))) inline void random_calls_avx2(const RandomBits& 
       }
     }
     for (int j = 0; j < kVectors; ++j) {
-      const __m256i x01 = _mm256_blend_epi32(x0[j], _mm256_slli_epi64(x1[j], 32), 0b10101010);
-      const __m256i x23 = _mm256_blend_epi32(x2[j], _mm256_slli_epi64(x3[j], 32), 0b10101010);
+      // x0 and x1, x2 and x3, side by side
+      const __m256i b = _mm256_shuffle_epi32(_mm256_mul_epu32(x2[j], multiplier1), kSwapHalves);
+      const __m256i a = _mm256_shuffle_epi32(_mm256_mul_epu32(x0[j], multiplier0), kSwapHalves);
+      const __m256i with_x0 = _mm256_xor_si256(b, _mm256_xor_si256(x1[j], key0[kLast]));
+      const __m256i with_x2 = _mm256_xor_si256(a, _mm256_xor_si256(x3[j], key1[kLast]));
+      const __m256i x01 = _mm256_blend_epi32(with_x0, b, kUpperHalves);
+      const __m256i x23 = _mm256_blend_epi32(with_x2, a, kUpperHalves);
       const __m256i calls02 = _mm256_unpacklo_epi64(x01, x23);
       const __m256i calls13 = _mm256_unpackhi_epi64(x01, x23);
       auto* const to = reinterpret_cast<__m256i*>(words + 4 * (k + j * kLanes));
@@ -268,31 +300,42 @@ __attribute__((target("avx512f"))) inline void random_calls_avx512(const RandomB
                                                                    int64_t first, int64_t calls,
                                                                    uint32_t* __restrict words) {
   static_assert(kCallsAtOnce == 8);
-  constexpr int kXorOfThree = 0x96;
+  constexpr int kXorOfThree = 0x96, kLast = kPhiloxRounds - 1;
+  constexpr __mmask16 kLowerHalves = 0x5555;
   const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
   const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
   const __m512i first_half = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i second_half = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   __m512i key0[kPhiloxRounds], key1[kPhiloxRounds];
-  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+  for (uint32_t round = 2; round < kPhiloxRounds; ++round) {
     key0[round] = _mm512_set1_epi64(random.key0 + round * kPhiloxKeyStep0);
     key1[round] = _mm512_set1_epi64(random.key1 + round * kPhiloxKeyStep1);
   }
+  const TwoRounds two(random, first);
+  const __m512i first_x2 = _mm512_set1_epi64(two.first_x2), two_x0 = _mm512_set1_epi64(two.x0),
+                two_x2 = _mm512_set1_epi64(two.x2), two_x3 = _mm512_set1_epi64(two.x3);
   for (int64_t k = 0; k < calls; k += kCallsAtOnce) {
-    __m512i x0 =
+    const __m512i call =
         _mm512_add_epi64(_mm512_set1_epi64(first + k), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-    __m512i x1 = _mm512_srli_epi64(x0, 32);
-    __m512i x2 = _mm512_set1_epi64(random.parameter), x3 = _mm512_set1_epi64(random.t);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const __m512i a = _mm512_mul_epu32(x0, multiplier0);
-      const __m512i b = _mm512_mul_epu32(x2, multiplier1);
+    __m512i a = _mm512_mul_epu32(call, multiplier0);
+    __m512i b = _mm512_mul_epu32(_mm512_xor_si512(_mm512_srli_epi64(a, 32), first_x2), multiplier1);
+    __m512i x0 = _mm512_xor_si512(_mm512_srli_epi64(b, 32), two_x0), x1 = b;
+    __m512i x2 = _mm512_xor_si512(a, two_x2), x3 = two_x3;
+    for (int round = 2; round < kLast; ++round) {
+      a = _mm512_mul_epu32(x0, multiplier0);
+      b = _mm512_mul_epu32(x2, multiplier1);
       x0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), x1, key0[round], kXorOfThree);
       x2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), x3, key1[round], kXorOfThree);
       x1 = b;
       x3 = a;
     }
-    const __m512i x01 = _mm512_mask_blend_epi32(0xAAAA, x0, _mm512_slli_epi64(x1, 32));
-    const __m512i x23 = _mm512_mask_blend_epi32(0xAAAA, x2, _mm512_slli_epi64(x3, 32));
+    // x0 and x1, x2 and x3, side by side
+    b = _mm512_ror_epi64(_mm512_mul_epu32(x2, multiplier1), 32);
+    a = _mm512_ror_epi64(_mm512_mul_epu32(x0, multiplier0), 32);
+    const __m512i x01 =
+        _mm512_mask_ternarylogic_epi32(b, kLowerHalves, x1, key0[kLast], kXorOfThree);
+    const __m512i x23 =
+        _mm512_mask_ternarylogic_epi32(a, kLowerHalves, x3, key1[kLast], kXorOfThree);
     _mm512_storeu_si512(words + 4 * k, _mm512_permutex2var_epi64(x01, first_half, x23));
     _mm512_storeu_si512(words + 4 * k + 16, _mm512_permutex2var_epi64(x01, second_half, x23));
   }
@@ -303,12 +346,13 @@ __attribute__((target("avx512f"))) inline void random_calls_avx512(const RandomB
 template <typename Ops>
 MAXVA_INLINE const uint32_t* random_block(const RandomBits& random, int64_t i, int64_t n,
                                           uint32_t* __restrict words) {
-  if (!random.in_a_row) {
+  const int64_t first = (i + random.offset) / 4, skipped = (i + random.offset) % 4;
+  const int64_t calls = (skipped + n + 3) / 4;
+  if (!random.in_a_row || (first >> 32) != ((first + calls) >> 32)) {
     for (int64_t k = 0; k < n; ++k) words[k] = random.word(i + k);
     return words;
   }
-  const int64_t first = (i + random.offset) / 4, skipped = (i + random.offset) % 4;
-  Ops::random_calls(random, first, (skipped + n + 3) / 4, words);
+  Ops::random_calls(random, first, calls, words);
   return words + skipped;
 }
 
