@@ -49,6 +49,7 @@ from maxva_kernels.state import (
     Forms,
     Shield,
     are_complete,
+    check_count,
     check_fits,
     completed,
     has_moments,
@@ -213,8 +214,10 @@ class MaxVA(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            if "lr" not in given and isinstance(group["lr"], Tensor):
-                group["lr"] = group["lr"].clone()  # the default must not be shared between groups
+            if "lr" not in given and isinstance(lr := group["lr"], Tensor):
+                # schedulers fill it, once per group
+                is_taken = any(other["lr"] is lr for other in self.param_groups[:-1])
+                group["lr"] = lr.clone() if is_taken else lr
             self._place_group_tensors(group)
         except Exception:
             self.param_groups.pop()
@@ -235,9 +238,9 @@ class MaxVA(Optimizer):
         form is the same.
 
         Raises:
-            ValueError: groups of other sizes or with values out of range, or a parameter's state
-                with keys missing, or of another shape or form, as another optimizer's or another
-                model's. Nothing has changed then.
+            ValueError: groups of other sizes or with values out of range, a step that is no count,
+                or a parameter's state with keys missing, or of another shape or form, as another
+                optimizer's or another model's. Nothing has changed then.
         """
         # torch rounds every state to its parameter's dtype; what is no tensor passes through. The
         # last pre-hook sees what the user's own hooks have made of the dict.
@@ -284,8 +287,9 @@ class MaxVA(Optimizer):
             {**self.defaults, **group, "params": own["params"]}
             for group, own in zip(saved, self.param_groups, strict=True)
         ]
-        for group in merged:
+        for index, group in enumerate(merged):
             _check_options(group, merged[0])
+            check_count(f"group {index}", group["step"])
         return shielded(self, {**state_dict, "param_groups": saved})
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -388,8 +392,8 @@ class MaxVA(Optimizer):
             beta_min and betas[1]; `mean_step_size`, the mean of |eta update|, with the trust ratio
             and without decoupled decay (the paper's "average step size", Fig. 4 and 8);
             `grad_norm`, of the group's unscaled gradients before clipping; `skipped_steps` since
-            this optimizer was made. NaN where there has been no step yet, or no gradient in it;
-            an empty dict for groups that do not collect.
+            this optimizer was made, while any group collected. NaN where there has been no step
+            yet, or no gradient in it; an empty dict for groups that do not collect.
 
         Raises:
             RuntimeError: no group collects.
@@ -734,7 +738,8 @@ class FusedMAdam(MaxVA):
     Args:
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, any shape.
             float64 ones are updated in float64, the others in float32 with float32 states.
-        lr: learning rate eta, a number or a one-element tensor.
+        lr: learning rate eta, a number or a one-element tensor, which the first group keeps as it
+            is (others have copies) and whose later values are not checked.
         betas: (alpha, beta_high): momentum in [0, 1), upper bound of beta_t in (0, 1].
         beta_min: lower bound of beta_t, in (0, betas[1]]; equal to betas[1] it gives Adam(W).
         eps: added to sqrt(v/w), outside the root (Sec. 2, Eq. 15).
@@ -747,14 +752,15 @@ class FusedMAdam(MaxVA):
         maximize: ascend.
         max_grad_norm: clip the global norm of the (unscaled) gradients at this, without writing
             scaled gradients; None for no clipping. All groups must agree.
-        skip_nonfinite: skip a step whose gradients hold an inf or NaN. All groups must agree.
+        skip_nonfinite: skip a step whose gradients hold an inf or NaN, or have a norm above
+            float32's largest number. All groups must agree.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters and update that.
         capturable: keep lr on the device as a one-element tensor, for graph capture.
         delta: added to the denominator of Eq. 6, as in the authors' code.
         beta_init: beta of a coordinate's first observation (Eq. 7); None: betas[1], or 0.9 where
             that is 1.
         eps_inside_sqrt: add eps to v/w inside the root instead (as Alg. 2 is printed).
-        set_grad_none: the default of `zero_grad(set_to_none=...)`.
+        set_grad_none: the default of `zero_grad(set_to_none=...)`, for all groups.
         collect_stats: keep what `stats()` tells, in the same pass; results do not change.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias, so that
             updates below half a unit in the last place are not lost; instead of master_weights.

@@ -137,11 +137,11 @@ class EagerBackend:
         for group, size in enumerate(batch.group_sizes):
             row = batch.hyper[group * (len(ROW) + 1) : (group + 1) * (len(ROW) + 1)]
             h = dict(zip(ROW, row[1:], strict=True))
-            lr = batch.lr[group]
+            on_device = batch.lr[group]
+            lr = row[0] if on_device is None else on_device.reshape(()).double()
             for i in range(index, index + size):
                 self._update_one(
-                    batch, i, algorithm, phase, h, row[0] if lr is None else lr.reshape(()),
-                    control, keep, grad_scale, norms,
+                    batch, i, algorithm, phase, h, lr, control, keep, grad_scale, norms
                 )  # fmt: skip
             index += size
         if phase != Phase.STATES:
@@ -211,8 +211,8 @@ class EagerBackend:
         x = momentum_input(algorithm, g, v_new, weight, vmax_new, h)
         m_new = m + (1 - h["alpha"]) * (x - m) if moves else m
         update = direction(algorithm, x, m_new, v_new, weight, vmax_new, h)
+        t = batch.step[i].double() + 1
         if h["bias_correction"]:
-            t = batch.step[i].double() + 1
             update = update / (1 - torch.pow(h["alpha"], t))
         decay = h["weight_decay"] if h["adam_w_mode"] else 0.0
 
@@ -235,25 +235,25 @@ class EagerBackend:
             # lr = 0 keeps the bits, whatever the update is
             frozen = torch.as_tensor(lr == 0, device=theta.device)
             for tensor in (batch.theta[i],) if master is None else (master, batch.theta[i]):
-                write(tensor, torch.where(frozen, tensor, self._stored(batch, i, moved, tensor)))
+                write(tensor, torch.where(frozen, tensor, self._stored(batch, i, moved, tensor, t)))
             if packed is not None:
                 row = row_of(batch.rounding, i)
                 assert row is not None
                 moved_states = Moments(m_new, mean_new, var_new, w_new, vmax_new)
-                words = random_words(theta.numel(), batch.step[i] + 1, row)
+                words = random_words(theta.numel(), t, row)
                 coded = pack(moved_states, algorithm, packed.packed, words)
                 for old, new in zip(packed, coded, strict=True):
                     if old is not None and new is not None:
                         write(old, new)
 
     @staticmethod
-    def _stored(batch: Batch, i: int, moved: Tensor, tensor: Tensor) -> Tensor:
+    def _stored(batch: Batch, i: int, moved: Tensor, tensor: Tensor, t: Tensor) -> Tensor:
         """`moved` in the dtype of the tensor it becomes."""
         row = row_of(batch.rounding, i)
         if row is None or not row[FIELDS.index("theta")]:
             return moved.to(tensor.dtype)
         # a 0-dim parameter has taken the scalars' float64
-        return rounded(moved.float(), tensor, batch.step[i] + 1, row)
+        return rounded(moved.float(), tensor, t, row)
 
     def sum_of_squares(self, g: list[Tensor]) -> Tensor:
         return torch.stack([x.double().square().sum() for x in g]).sum().reshape(1)

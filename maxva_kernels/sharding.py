@@ -351,12 +351,11 @@ class Sharding:
         if self._process_groups:
             self._complete(2, [(batch.rows, values) for batch, values in norms])
 
-    def sum_statistics(self, tables: list[tuple[list[Tensor | None], Tensor]]) -> None:
+    def sum_statistics(self, tables: list[tuple[list[Tensor], Tensor]]) -> None:
         """Completes sums over the elements of divided parameters, in place.
 
         Args:
-            tables: parameters (None: no longer there), and float64 [parameters, len(Statistic)]
-                of this rank's parts.
+            tables: parameters, and float64 [parameters, len(Statistic)] of this rank's parts.
         """
         if self._process_groups:
             rows = self._row_of

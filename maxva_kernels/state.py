@@ -5,6 +5,7 @@ It has one of two forms: float32 tensors (float64 for float64 parameters), or co
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -352,20 +353,20 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
             f"{described}: the loaded state lacks {', '.join(missing)}; it is of another "
             f"optimizer (has {', '.join(map(str, values))})"
         )
+    if values:
+        check_count(described, values["step"])
     for key, value in values.items():
         if not isinstance(value, Tensor):
             if key in (*MOMENTS, *COMPACT):
                 raise ValueError(f"{described}: the loaded {key} is no tensor but {value!r}")
             continue
-        if key == SCALE or key not in (*_STREAMS, "step"):  # checked below, or somebody else's
+        if key not in _STREAMS:  # checked elsewhere, or somebody else's
             continue
-        if value.shape != p.shape and (key != "step" or value.numel() != 1):
+        if value.shape != p.shape:
             raise ValueError(
                 f"{described}: the loaded {key} has shape {tuple(value.shape)}; it is of another "
                 f"model"
             )
-        if key == "step":
-            continue
         check_placement(described, p, f"the loaded {key}", value)
         if key not in COMPACT and not local(value).isfinite().all():
             _warn_nonfinite(described, key, "NaN" if local(value).isnan().any() else "inf")
@@ -373,6 +374,16 @@ def _check_state(described: str, p: Tensor, values: dict[str, Any]) -> None:
         _check_compact(described, p, values)
         if holds_nonfinite(_packed(values)):
             _warn_nonfinite(described, PACKED, "NaN or inf")
+
+
+def check_count(described: str, step: Any) -> None:
+    """Raises ValueError unless a loaded step is one number that can be a count."""
+    try:
+        count = float(step)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several
+        count = math.nan
+    if not 0 <= count < math.inf:
+        raise ValueError(f"{described}: the loaded step is {step!r}; it must be one number >= 0")
 
 
 def _warn_nonfinite(described: str, key: str, kind: str) -> None:

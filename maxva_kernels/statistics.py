@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-import weakref
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ class StepStatistics:
     def __init__(self) -> None:
         # per device: float64 [parameters of the optimizer, len(Statistic)], NaN without a gradient
         self._rows: dict[torch.device, Tensor] = {}
-        self._params: list[weakref.ref[Tensor]] = []  # whose rows these are
+        # whose rows these are; no weak references, with which torch could not swap their contents
+        self._params: list[Tensor] = []
         self._skipped: dict[torch.device, Tensor] = {}
         # per device: which rows the batches of a step fill, and the same on the device
         self._places: dict[torch.device, tuple[list[int], Tensor]] = {}
@@ -44,10 +44,9 @@ class StepStatistics:
             RuntimeError: a graph is being captured, and the step before it had other gradients;
                 every replay would begin the statistics anew.
         """
-        known = (ref() for ref in self._params)
-        same = len(params) == len(self._params) and all(map(operator.is_, params, known))
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         if not same and not capturing:
-            self._params = list(map(weakref.ref, params))
+            self._params = params
             for rows_of_others in self._rows.values():
                 rows_of_others.fill_(math.nan)
         for device in dict.fromkeys(batch.device for batch in batches):
@@ -93,10 +92,9 @@ class StepStatistics:
         self, param_groups: list[dict[str, Any]], collecting: list[bool], sharding: Sharding
     ) -> list[dict[str, float]]:
         """What MaxVA.stats returns. Waits for the device, and for other ranks where sharded."""
-        params = [ref() for ref in self._params]
         group_of = {p: k for k, group in enumerate(param_groups) for p in group["params"]}
         tables = [rows.clone() for rows in self._rows.values()]
-        sharding.sum_statistics([(params[: len(rows)], rows) for rows in tables])
+        sharding.sum_statistics([(self._params[: len(rows)], rows) for rows in tables])
         totals = torch.zeros(
             len(param_groups), 1 + len(Statistic), dtype=torch.float64, device="cpu"
         )
@@ -104,8 +102,8 @@ class StepStatistics:
             values = rows.cpu()
             known = (~values[:, Statistic.ONE_MINUS_BETA].isnan()).nonzero().flatten().tolist()
             for i in known:
-                p = params[i]
-                if p is not None and p in group_of:  # else removed since
+                p = self._params[i]
+                if p in group_of:  # else removed since
                     totals[group_of[p], 0] += p.numel()
                     totals[group_of[p], 1:] += values[i]
         totals = sharding.sum_over_norm_group(totals)

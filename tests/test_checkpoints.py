@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -190,8 +191,15 @@ BROKEN = {
     ),
     "several steps": (
         _state_value(2, "step", torch.zeros(2)),
-        r"parameter 0 of its group.*step has shape \(2,\)",
+        r"parameter 0 of its group.*step is tensor\(\[0., 0.\]\); it must be one number",
     ),
+    "no number for a step": (_state_value(0, "step", "abc"), r"parameter 0 .*step is 'abc'"),
+    "None for a step": (_state_value(0, "step", None), r"parameter 0 .*step is None"),
+    "NaN for a step": (_state_value(0, "step", torch.tensor(math.nan)), r"parameter 0 .*step is"),
+    "a negative step": (_state_value(0, "step", -1.0), r"parameter 0 .*step is -1.0"),
+    "a complex step": (_state_value(0, "step", torch.tensor(1j)), r"parameter 0 .*step is"),
+    "a group's step of None": (_group_value(1, "step", None), "group 1: the loaded step is None"),
+    "a group's infinite step": (_group_value(1, "step", math.inf), "group 1: the loaded step is"),
     "a number for a moment": (_state_value(1, "exp_avg", 0.5), r"exp_avg is no tensor but 0.5"),
     "a parameter less": (lambda d: d["param_groups"][0]["params"].pop(), "doesn't match the size"),
     "a group less": (lambda d: d["param_groups"].pop(), "different number of parameter groups"),

@@ -426,7 +426,21 @@ def test_default_lr_tensor_is_not_shared(backend: str) -> None:
     lrs = [group["lr"] for group in opt.param_groups]
     lrs[0].fill_(0.5)
     assert [round(float(x), 6) for x in lrs] == [0.5, 0.1, 0.7]
+    assert lrs[0] is lr
     assert lrs[2] is own
+
+
+def test_a_tensor_lr_of_low_precision_acts_as_its_value(backend: str) -> None:
+    """The product lr * weight_decay has more digits than float16 has."""
+    outcomes = []
+    value = torch.tensor(3e-4, dtype=torch.float16)
+    for lr in (value, float(value)):
+        p = Parameter(torch.full((3,), 100.0, dtype=torch.float64))
+        p.grad = torch.zeros_like(p)
+        opt = FusedMAdam([p], lr=lr, weight_decay=1e-4, backend=backend)
+        opt.step()
+        outcomes.append(p.detach())
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-15, atol=0)
 
 
 def test_two_groups_may_share_one_lr_tensor_on_purpose(backend: str) -> None:

@@ -283,9 +283,28 @@ def test_removed_parameters_are_let_go() -> None:
     del opt.state[q]
     gone = weakref.ref(q)
     del q
+    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([math.sqrt(2)])
+    opt.step()
     gc.collect()
     assert gone() is None
-    assert [group["grad_norm"] for group in opt.stats()] == pytest.approx([math.sqrt(2)])
+
+
+def test_contents_of_parameters_may_be_swapped(backend: str) -> None:
+    """As module.to and load_state_dict do it where parameters are DTensors."""
+    model = torch.nn.Linear(4, 3)
+    opt = FusedMAdam(model.parameters(), collect_stats=True, backend=backend)
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    before = opt.stats()
+    opt.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16)
+        model.load_state_dict(model.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.weight.dtype == torch.bfloat16
+    assert opt.stats() == before
 
 
 def test_default_device_does_not_matter(backend: str) -> None:

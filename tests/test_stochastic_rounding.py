@@ -187,6 +187,20 @@ def test_seed_parameter_and_step_each_change_the_bits(backend: str) -> None:
     assert not same_bits(moved.detach(), once)
 
 
+def test_where_the_counter_ends_kernels_still_round_as_the_reference(kernel: str) -> None:
+    outcomes = []
+    for backend in (kernel, "eager"):
+        p = Parameter(bfloat16_values(4000))
+        p.grad = torch.zeros_like(p)
+        opt = FusedMAdam([p], backend=backend, **EXACT)
+        opt.step()
+        opt.state[p]["step"].fill_(2**24 - 1)
+        for _ in range(2):
+            opt.step()
+        outcomes.append(p.detach())
+    assert same_bits(*outcomes)
+
+
 def test_parameters_without_a_gradient_keep_their_index(backend: str) -> None:
     p = bfloat16_values(4000)
     _, expected = decayed([p, p], backend)
