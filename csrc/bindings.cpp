@@ -29,10 +29,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-void check_strided(const Tensor& tensor, const char* list, size_t i) {
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "maxva: ", list, "[", i, "] is ",
-                   tensor.layout(), "; only dense (strided) tensors are supported");
-}
+// Of another layout than at::kStrided torch's dispatcher lets no tensor through to here.
 
 void check_dtype(const Tensor& tensor, const char* list, size_t i) {
   const auto dtype = tensor.scalar_type();
@@ -40,7 +37,6 @@ void check_dtype(const Tensor& tensor, const char* list, size_t i) {
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
       "maxva: ", list, "[", i, "] is ", dtype,
       "; float32, float64, bfloat16 and float16 are supported");
-  check_strided(tensor, list, i);
 }
 
 void check_like_parameter(const Tensor& tensor, const Tensor& theta, const char* list, size_t i) {
@@ -246,7 +242,6 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
     if (list.tensors.empty()) continue;
     const Tensor& tensor = list.tensors[i];
     const at::ScalarType dtype = list.dtype.value_or(arithmetic);
-    check_strided(tensor, list.name, i);
     check_like_parameter(tensor, theta, list.name, i);
     check_writable(tensor, list.name, i);
     TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "maxva: ", list.name, "[", i, "] is ",
@@ -373,7 +368,7 @@ void update_packed_(TensorList theta, TensorList g, TensorList packed, TensorLis
     if (!is_int8) continue;
     const std::array<int64_t, 2> blocks{theta[i].size(0), blocks_of_row(args.row_of(i))};
     const Tensor& scale_of = scale[i];
-    TORCH_CHECK_VALUE(scale_of.scalar_type() == at::kInt && scale_of.layout() == at::kStrided &&
+    TORCH_CHECK_VALUE(scale_of.scalar_type() == at::kInt &&
                           (theta[i].numel() == 0 || scale_of.sizes() == at::IntArrayRef(blocks)) &&
                           scale_of.is_contiguous() && scale_of.device() == theta[i].device(),
                       "maxva: maxva_scale[", i, "] must be contiguous int32 ",

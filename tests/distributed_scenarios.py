@@ -10,6 +10,7 @@ import copy
 import functools
 import io
 import itertools
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -447,6 +448,46 @@ def placements_must_fit(directory: Path) -> None:
     partial.grad = torch.ones_like(partial)
     with raises(ValueError, "'odd'", "Partial"):
         FusedMAdam([("odd", partial)]).step()
+
+
+@scenario(2)
+def a_rank_without_gradients_skips_with_the_others(directory: Path) -> None:
+    mesh = mesh_of(world())
+    p = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)], src_data_rank=None))
+    opt = FusedMAdam([p], skip_nonfinite=True, trust_ratio=True, weight_decay=0.1)
+    for count, value in enumerate((math.nan, 1.0)):
+        p.grad = torch.full_like(p, value) if rank() == 0 else None
+        opt.step()
+        assert opt.param_groups[0]["step"] == count
+
+
+@scenario(2)
+def scales_must_fit(directory: Path) -> None:
+    mesh = mesh_of(world())
+    full = torch.ones(2 * world(), 256)
+    p = Parameter(distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None))
+    opt = FusedMAdam([("weight", p)], state_dtype="int8", fp32_state_below=0)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    good = opt.state_dict()
+    scale = good["state"][0]["maxva_scale"]
+    part = scale.to_local()
+
+    def of_shape(part: Tensor, *shape: int) -> DTensor:
+        return DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
+        )
+
+    for bad, message in (
+        (part, "maxva_scale is a plain tensor"),
+        (distribute_tensor(whole(scale), mesh, [Replicate()]), "maxva_scale is a DTensor"),
+        (of_shape(part[:1], *scale.shape), f"maxva_scale has shape {(1, 2)}"),
+        (of_shape(part, 7, 2), f"maxva_scale has shape {(7, 2)}"),
+    ):
+        state = {0: {**good["state"][0], "maxva_scale": bad}}
+        with raises(ValueError, "'weight'", message):
+            opt.load_state_dict({**good, "state": state})
+    opt.load_state_dict(good)
 
 
 def local_of(tensor: Tensor) -> Tensor:

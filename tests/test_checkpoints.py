@@ -153,6 +153,16 @@ def test_an_older_dict_takes_the_defaults_and_foreign_keys_stay():
     assert optimizer.state[params[0]]["step"] == 2
 
 
+def test_what_an_older_dict_lacks_is_checked_as_its_default():
+    """Not as the value that the loading optimizer has now."""
+    optimizer = FusedMAdam([{"params": make_params(torch.bfloat16), "stochastic_rounding": True}])
+    old = copy.deepcopy(optimizer.state_dict())
+    del old["param_groups"][0]["stochastic_rounding"]
+    old["param_groups"][0]["master_weights"] = True
+    optimizer.load_state_dict(old)
+    assert optimizer.param_groups[0]["stochastic_rounding"] is False
+
+
 def test_master_weights_missing_from_a_dict_are_made_from_the_parameter():
     params = make_params(torch.bfloat16)
     plain = FusedMAdam(params)
@@ -359,6 +369,35 @@ def test_parameters_without_state_are_legal():
     assert [int(optimizer.state[p]["step"]) for p in params] == [1, 2, 1, 1]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_a_counter_of_another_kind_is_taken(dtype, shape, backend):
+    params = make_params()
+    optimizer = FusedMAdam(params, backend=backend)
+    train(params, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = torch.full(shape, 2, dtype=dtype)
+    optimizer.load_state_dict(saved)
+    step = optimizer.state[params[0]]["step"]
+    assert (step.dtype, step.shape) == (torch.float32, ())
+    train(params, optimizer, 2, 3)
+    assert optimizer.state[params[0]]["step"] == 3
+
+
+def test_a_state_that_was_only_looked_at_is_legal():
+    """optimizer.state is a defaultdict: asking makes an empty state, which is saved."""
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    params[1].grad = torch.ones(3)
+    optimizer.step()
+    assert not optimizer.state[params[0]]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"][0] == {}
+    optimizer.load_state_dict(saved)
+    train(params, optimizer, 0, 1)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1, 2, 1, 1]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_keep_everything(copied):
     params = make_params()
@@ -468,6 +507,88 @@ def test_the_warm_start_from_adam_has_its_mean_and_second_moment():
         )
 
 
+def test_the_authors_maxima_are_taken_over():
+    """MAdam keeps the maximum of sqrt(v/w) + eps, 0 before the first; LaMAdam that of v."""
+    params, eps = make_params(torch.float64), 0.25
+    for cls in CLASSES:
+        optimizer = cls(params, amsgrad=True)
+        train(params, optimizer, 0, 3)
+        maxima = [optimizer.state[p]["max_exp_avg_sq"].clone() for p in params]
+        maxima[1].zero_()
+        if cls is FusedMAdam:
+            saved = authors_madam(optimizer, tensor_w=True)
+            for index, vmax in enumerate(maxima):
+                root = vmax.sqrt() + eps
+                saved["state"][index]["max_exp_avg_sq"] = torch.where(vmax == 0, 0.0, root)
+        else:
+            saved = authors_lamadam(optimizer, "update_avg_lr")
+            for index, vmax in enumerate(maxima):
+                saved["state"][index]["max_sq_est"] = vmax * saved["state"][index]["total_w"]
+        saved["param_groups"][0]["eps"] = eps
+        for amsgrad in (True, False):
+            other = cls(params, amsgrad=amsgrad)
+            load_reference_state(other, saved)
+            for p, vmax in zip(params, maxima, strict=True):
+                assert ("max_exp_avg_sq" in other.state[p]) == amsgrad
+                if amsgrad:
+                    found = other.state[p]["max_exp_avg_sq"]
+                    torch.testing.assert_close(found, vmax, rtol=1e-13, atol=0)
+
+
+def test_steps_of_the_authors_warm_up_do_not_count():
+    params = make_params()
+    optimizer = FusedMAdam(params)
+    train(params, optimizer, 0, 5)
+    saved = authors_madam(optimizer, tensor_w=True)
+    saved["param_groups"][0]["moment_warmup"] = 2
+    other = FusedMAdam(params)
+    load_reference_state(other, saved)
+    assert [int(other.state[p]["step"]) for p in params] == [3] * 4
+    assert other.param_groups[0]["step"] == 5
+
+
+@pytest.mark.parametrize("counts", ["per parameter", "per group"])
+def test_the_warm_start_takes_the_count_from_where_it_is(counts):
+    """Apex's FusedAdam counts in the group."""
+    params = make_params()
+    adam = torch.optim.Adam(params, amsgrad=True)
+    train(params, adam, 0, 3)
+    saved = copy.deepcopy(adam.state_dict())
+    if counts == "per group":
+        saved["param_groups"][0]["step"] = 3
+        for state in saved["state"].values():
+            del state["step"]
+    ours = FusedMAdam(params, amsgrad=True)
+    with torch.device("meta"):  # the default device does not matter
+        load_reference_state(ours, saved)
+    assert ours.param_groups[0]["step"] == 3
+    for p in params:
+        assert ours.state[p]["step"] == 3
+        vmax = adam.state[p]["max_exp_avg_sq"] / (1 - 0.999**3)
+        torch.testing.assert_close(ours.state[p]["max_exp_avg_sq"], vmax)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_warm_start_from_zeros_is_zeros(cls, steps):
+    """Of an optimizer that has not stepped, or whose gradients were 0: nothing divided by 0."""
+    params = make_params()
+    adam = torch.optim.Adam(params)
+    train(params, adam, 0, 1)
+    saved = copy.deepcopy(adam.state_dict())
+    for state in saved["state"].values():
+        state["step"].fill_(steps)
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+    ours = cls(params, eps=0.0)
+    load_reference_state(ours, saved)
+    for p in params:
+        assert ours.state[p]["step"] == steps
+        for key in ("exp_avg", "maxva_avg", "exp_avg_sq"):
+            assert not ours.state[p][key].any(), key
+        assert (ours.state[p]["maxva_weight"] > 0).all() == (steps > 0 or p.numel() == 0)
+
+
 def test_loading_leaves_the_other_optimizer_alone():
     params = make_params()
     optimizer = FusedMAdam(params)
@@ -495,7 +616,7 @@ def test_a_dict_of_another_kind_is_refused(state, message):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("kind", ["shape", "dtype", "step"])
+@pytest.mark.parametrize("kind", ["shape", "dtype", "step", "step on another device"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(which, kind, backend):
     """Of the first or the second of two batches, which amsgrad separates."""
@@ -506,15 +627,17 @@ def test_a_state_that_was_tampered_with_stops_the_step_before_anything_moves(whi
     state = optimizer.state[params[which]]
     if kind == "step":
         state["step"] = torch.tensor(2)
+    elif kind == "step on another device":
+        state["step"] = torch.zeros((), device="meta")
     else:
         state["exp_avg_sq"] = torch.ones(5) if kind == "shape" else torch.ones(3).half()
     before = copy.deepcopy((params, optimizer.state_dict()["state"]))
-    with pytest.raises((ValueError, TypeError), match="step" if kind == "step" else "exp_avg_sq"):
+    with pytest.raises((ValueError, TypeError), match="step" if "step" in kind else "exp_avg_sq"):
         train(params, optimizer, 2, 3)
     assert all(torch.equal(p, q) for p, q in zip(params, before[0], strict=True))
     for index, p in enumerate(params):
         for key, value in optimizer.state[p].items():
-            assert torch.equal(value, before[1][index][key]), key
+            assert value.is_meta or torch.equal(value, before[1][index][key]), key
 
 
 def test_distributed_checkpoint_loads_after_masters_were_made(tmp_path):

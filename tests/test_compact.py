@@ -633,6 +633,86 @@ def test_a_state_that_is_exchanged_for_one_of_another_form_is_converted(
         assert p.isfinite().all()
 
 
+def test_scales_of_another_layout_are_laid_out_anew(backend: str) -> None:
+    opt = FusedMAdam(new_params()[:1], state_dtype="int8", fp32_state_below=0, backend=backend)
+    train(opt, range(1))
+    saved = copy.deepcopy(opt.state_dict())
+    scale = saved["state"][0]["maxva_scale"]
+    saved["state"][0]["maxva_scale"] = scale.t().contiguous().t()
+    assert not saved["state"][0]["maxva_scale"].is_contiguous()
+    opt.load_state_dict(saved)
+    train(opt, range(1, 2))
+    assert opt.state[params_of(opt)[0]]["step"] == 2
+
+
+def test_compact_states_of_a_vector_are_refused() -> None:
+    for shape in ((), (300,)):
+        p = Parameter(torch.ones(shape))
+        opt = FusedMAdam([p], state_dtype="bfloat16", fp32_state_below=0)
+        saved = opt.state_dict()
+        words = torch.zeros(shape, dtype=torch.int64)
+        saved["state"][0] = {"step": torch.ones(()), "maxva_packed": words}
+        with pytest.raises(ValueError, match="two dimensions"):
+            opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_that_have_seen_nothing_are_converted(kind: str, backend: str) -> None:
+    """Where w = 0, as after skipped steps: no 0 / 0."""
+    params = [Parameter(torch.ones(4, 256)) for _ in range(2)]
+    for p, state_dtype in zip(params, ("float32", kind), strict=True):
+        opt = FusedMAdam([p], state_dtype=state_dtype, fp32_state_below=0, backend=backend)
+        opt.found_inf = torch.ones(())
+        train(opt, range(1))
+        del opt.found_inf
+        opt.param_groups[0]["state_dtype"] = kind
+        train(opt, range(1, 3))
+        assert "maxva_packed" in opt.state[p]
+        assert p.isfinite().all()
+    assert same_bits(params[0].detach(), params[1].detach())
+
+
+def test_conversions_subtract_and_multiply_in_double() -> None:
+    """v/w - (u/w)^2 cancels; back again, nothing but the results is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    p = Parameter(torch.zeros(8, 256))
+    mean, w = (torch.rand(p.shape, generator=generator, dtype=torch.float64) + 1 for _ in range(2))
+    w = w / 2.5
+    u = (mean * w).float()
+    v = ((mean.square() * (1 + 2.0**-22)) * w).float()
+    exact = (v.double() / w.float() - (u.double() / w.float()).square()).clamp(min=0)
+    held = {"step": torch.ones(()), "exp_avg": u.clone(), "maxva_avg": u, "exp_avg_sq": v,
+            "maxva_weight": w.float()}  # fmt: skip
+    for kind in KINDS:
+        opt = FusedMAdam([p], state_dtype=kind, fp32_state_below=0)
+        opt.state[p] = state.in_form(p, held, WORDS[kind], "madam")
+        found = decoded(opt, p)
+        if kind == "bfloat16":
+            torch.testing.assert_close(found.var.double(), exact, rtol=2.0**-8, atol=0)
+        full = state.in_form(p, opt.state[p], None, "madam")
+        second = (found.mean.double().square() + found.var.double()) * found.w.double()
+        assert same_bits(full["exp_avg_sq"], second.float())
+
+
+@pytest.mark.parametrize("kind", ["float32", *KINDS])
+def test_states_are_completed_once(kind: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every step, which takes time, and raises while a graph is being captured."""
+    from maxva_kernels import optimizers
+
+    made: list[Any] = []
+    completed = optimizers.completed
+    monkeypatch.setattr(
+        optimizers, "completed", lambda p, *args: made.append(p) or completed(p, *args)
+    )
+    params = [Parameter(torch.ones(4, 256).bfloat16()), Parameter(torch.ones(4, 256))]
+    opt = FusedMAdam(
+        params, amsgrad=True, master_weights=True, state_dtype=kind, fp32_state_below=0,
+        backend=kernel,
+    )  # fmt: skip
+    train(opt, range(3))
+    assert len(made) == len(params)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_amsgrad_switched_off_forgets_its_maxima(kind: str, backend: str) -> None:
     p = Parameter(torch.ones(40, 200))

@@ -978,7 +978,10 @@ BAD_ARGUMENTS: dict[str, tuple[Any, str]] = {
         f"{name}_complex": (replaced(name, 0, lambda x: x.to(torch.complex64)), "ComplexFloat")
         for name in ("theta", "g", "m")
     },
-    "g_sparse": (replaced("g", 0, lambda x: x.to_sparse()), "[Ss]parse"),
+    **{
+        f"{name}_sparse": (replaced(name, 1, lambda x: x.to_sparse()), "[Ss]parse")
+        for name in ("theta", "g", "m", "step")
+    },
     **{
         f"{name}_too_few": (lambda a, name=name: a[name].pop(), "2 parameters, but")
         for name in ("g", *"muvw", "step")
@@ -1038,7 +1041,22 @@ BAD_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "statistics_too_few": (assign(statistics=torch.ones(1, 5, dtype=torch.float64)), "statistics"),
     "statistics_float32": (assign(statistics=torch.ones(2, 5)), "statistics"),
     "rounding_too_few": (assign(rounding=[0, -1, 0, 1, 1]), "rounding"),
+    **{
+        f"rounding_{what}": (assign(rounding=[*row, *row]), "offset >= 0 and positive inner sizes")
+        for what, row in {
+            "offset_negative": (0, 0, -1, 12, 12, 0),
+            "inner_local_0": (0, 0, 0, 0, 12, 0),
+            "inner_global_negative": (0, 0, 0, 12, -1, 0),
+        }.items()
+    },
     "rounding_of_float32": (assign(rounding=[0, 0, 0, 12, 12, 1, 0, 1, 0, 7, 7, 1]), "bfloat16"),
+    "rounding_with_masters": (
+        lambda a: a.update(
+            theta=[x.bfloat16() for x in a["theta"]], master=[x.clone() for x in a["theta"]],
+            rounding=[0, 0, 0, 12, 12, 1, 0, 1, 0, 7, 7, 1],
+        ),
+        "without master weights",
+    ),
     "algorithm_unknown": (assign(algorithm="adam"), "algorithm"),
     "phase_unknown": (assign(phase=3), "phase"),
     "phase_negative": (assign(phase=-1), "phase"),

@@ -32,6 +32,7 @@ TENSORS: dict[str, Any] = {
     "empty matrix": lambda: BASE[:0].view(0, 6),
     "empty rows": lambda: BASE[:0].view(6, 0),
     "empty matrix, transposed": lambda: BASE[:0].view(6, 0).t(),
+    "empty matrix with gaps": lambda: BASE[:0].as_strided((0, 3), (5, 6)),
     "empty images": lambda: BASE[:0].view(0, 3, 2, 2),
     "empty images, channels last": lambda: BASE[:0].view(0, 2, 2, 3).permute(0, 3, 1, 2),
     "channels last": lambda: BASE[:24].view(2, 2, 3, 2).permute(0, 3, 1, 2),

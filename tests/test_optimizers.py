@@ -130,6 +130,7 @@ def test_eps_passed_by_position_is_noticed(cls: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cls([p], 1e-3, (0.9, 0.98), 1e-3)
+        cls([p], 1e-3, (0.9, 1e-6), 1e-6)  # below which it can only be small
 
 
 @pytest.mark.parametrize(
@@ -588,6 +589,18 @@ def test_setting_the_group_step_back_changes_no_update(backend: str) -> None:
     assert runs[1]["steps"] == [2, 2]
 
 
+def test_group_step_that_is_a_tensor_goes_on_as_a_number(backend: str) -> None:
+    """As after a checkpoint whose reader makes tensors of all numbers."""
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = FusedMAdam([p], backend=backend)
+    opt.param_groups[0]["step"] = torch.tensor(3)
+    opt.step()
+    step = opt.param_groups[0]["step"]
+    assert isinstance(step, int)
+    assert step == 4
+
+
 def test_versions_move_where_something_was_written(backend: str) -> None:
     """Autograd must notice; a gradient that was only read keeps its version."""
     opt, params = two_groups(backend)
@@ -862,10 +875,14 @@ def test_checkpoint_of_a_fresh_optimizer(backend: str) -> None:
     assert same_bits(ends[0], ends[1])
 
 
-@pytest.mark.parametrize("case", ["one_gradient_nonzero", "one_lr_nonzero", "states_exist"])
+@pytest.mark.parametrize(
+    "case", ["one_gradient_nonzero", "one_lr_nonzero", "states_exist", "one_state_exists"]
+)
 def test_step_that_only_looks_like_initialising_counts(case: str, backend: str) -> None:
     opt, params = two_groups(backend, lr=0.0)
-    if case == "states_exist":
+    if case == "one_state_exists":
+        params[1].grad = None
+    if case in ("states_exist", "one_state_exists"):
         opt.step()
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -874,8 +891,8 @@ def test_step_that_only_looks_like_initialising_counts(case: str, backend: str) 
     if case == "one_lr_nonzero":
         opt.param_groups[1]["lr"] = 1e-3
     opt.step()
-    count = 2 if case == "states_exist" else 1
-    assert [int(opt.state[p]["step"]) for p in params] == [count] * 2
+    counts = {"states_exist": [2, 2], "one_state_exists": [2, 1]}.get(case, [1, 1])
+    assert [int(opt.state[p]["step"]) for p in params] == counts
     assert all((opt.state[p]["maxva_weight"] > 0).all() for p in params)
 
 
@@ -945,6 +962,70 @@ def test_setup_fp32_params(backend: str) -> None:
     opt.step()
     assert opt.state[params[1]]["master_param"] is first
     assert set(opt.state[params[1]]) == STATE_KEYS | {"master_param"}
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_setup_makes_all_of_a_state_and_no_more(kind: str, backend: str) -> None:
+    p, q, later = (Parameter(torch.ones(2, 128)) for _ in range(3))
+    p.data = p.data.bfloat16()
+    options = {"amsgrad": True, "state_dtype": kind, "fp32_state_below": 0}
+    opt = FusedMAdam([p, q], master_weights=True, backend=backend, **options)
+    opt.setup_fp32_params()
+    maximum = "max_exp_avg_sq" if kind == "float32" else "maxva_packed_max"
+    assert maximum in opt.state[p]
+    assert maximum in opt.state[q]
+    # no parameter needs a master weight any more
+    opt.add_param_group({"params": [later]})
+    opt.setup_fp32_params()
+    assert not opt.state.get(later)
+
+
+def test_state_of_no_parameter_is_passed_over() -> None:
+    p = Parameter(torch.ones(3).bfloat16())
+    opt = FusedMAdam([p], master_weights=True)
+    opt.setup_fp32_params()
+    opt.state["of no parameter"] = 5
+    opt.setup_fp32_params(refresh=True)
+    assert opt.state_memory()["master_weights"] == 12
+
+
+def test_master_weights_record_no_gradients() -> None:
+    p = Parameter(torch.ones(3).bfloat16())
+    opt = FusedMAdam([p], master_weights=True)
+    for refresh in (False, True):
+        opt.setup_fp32_params(refresh=refresh)
+        assert not opt.state[p]["master_param"].requires_grad
+
+
+def test_capturable_lr_has_the_value_of_the_number(backend: str) -> None:
+    opt = FusedMAdam([Parameter(torch.ones(2))], lr=1e-3, capturable=True, backend=backend)
+    lr = opt.param_groups[0]["lr"]
+    assert isinstance(lr, Tensor)
+    assert float(lr) == 1e-3
+
+
+def test_optimizer_of_parameters_without_memory_keeps_lr_and_step() -> None:
+    p = Parameter(torch.ones(2, device="meta"))
+    for lr in (0.5, torch.tensor(0.5)):
+        opt = FusedMAdam([p], lr=lr, capturable=True)
+        saved = opt.state_dict()
+        saved["param_groups"][0]["step"] = 7
+        opt.load_state_dict(saved)
+        assert float(opt.param_groups[0]["lr"]) == 0.5
+        assert opt.param_groups[0]["step"] == 7
+        p.grad = torch.empty_like(p)
+        opt.step()  # "auto" takes "eager", and has nothing to warn of
+        assert opt.state[p]["maxva_weight"].is_meta
+
+
+def test_step_lets_torch_look_for_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
+        if hasattr(torch.optim.Optimizer, name):
+            monkeypatch.setattr(torch.optim.Optimizer, name, lambda self: asked.append(self))
+    opt = FusedMAdam([Parameter(torch.ones(2))])
+    opt.step()
+    assert asked == [opt]
 
 
 def test_master_weight_is_not_taken_up_again_after_steps_without(backend: str) -> None:
@@ -1291,6 +1372,55 @@ def test_parameter_that_no_longer_fits_its_state_is_named(kind: str, backend: st
     assert same_bits(snapshot(opt), before)
 
 
+MISFITS: dict[str, tuple[str, Any]] = {
+    "master weight": ("master_param", lambda x: x[:1]),
+    "maximum": ("max_exp_avg_sq", lambda x: x[:1]),
+    "words": ("maxva_packed", lambda x: x[:1]),
+    "maximum of words": ("maxva_packed_max", lambda x: x[:1]),
+    "device": ("exp_avg", lambda x: x.to("meta")),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_state_that_no_longer_fits_its_parameter_is_named(kind: str, backend: str) -> None:
+    key, change = MISFITS[kind]
+    state_dtype = "int8" if key.startswith("maxva_packed") else "float32"
+    params = [Parameter(torch.ones(4, 256).bfloat16()) for _ in range(2)]
+    opt = FusedMAdam(
+        [("a", params[0]), ("head", params[1])],
+        amsgrad=True, master_weights=True, state_dtype=state_dtype, fp32_state_below=0,
+        backend=backend,
+    )  # fmt: skip
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before = params[0].detach().clone()
+    opt.state[params[1]][key] = change(opt.state[params[1]][key])
+    with pytest.raises(ValueError, match=f"'head'.*{key if kind != 'words' else ''}"):
+        opt.step()
+    assert same_bits(params[0].detach(), before)
+
+
+def test_parameter_made_in_inference_mode_is_moved(kernel: str) -> None:
+    """It has no version to count up."""
+    with torch.inference_mode():
+        p = torch.ones(3)
+        p.grad = torch.ones(3)
+    opt = FusedMAdam([p], lr=0.1, backend=kernel)
+    opt.step()
+    torch.testing.assert_close(p, torch.full((3,), 0.9), rtol=0, atol=1e-5)
+
+
+def test_dimension_of_one_element_may_have_stride_0(backend: str) -> None:
+    """It shares no memory: torch.expand makes such ones."""
+    p = Parameter(torch.ones(6).as_strided((1, 3, 2), (0, 1, 3)))
+    opt = FusedMAdam([p], lr=0.1, backend=backend)
+    p.grad = torch.ones(6).as_strided((1, 3, 2), (0, 1, 3))
+    opt.grad_scale = torch.tensor(1.0)
+    opt.step()
+    torch.testing.assert_close(p.detach(), torch.full((1, 3, 2), 0.9), rtol=0, atol=1e-5)
+
+
 # --- schedulers ----------------------------------------------------------------------------------
 
 
@@ -1318,3 +1448,13 @@ def test_schedule_that_is_rounded_to_below_zero_ends_at_zero(backend: str) -> No
     opt.param_groups[0]["lr"] = -1e-9
     with pytest.raises(ValueError, match="lr"):
         opt.step()
+
+
+def test_lr_that_is_rounded_to_below_zero_moves_not_even_zeros(backend: str) -> None:
+    p = Parameter(torch.tensor([0.0, -0.0, 1e-20]))
+    before = p.detach().clone()
+    opt = FusedMAdam([p], weight_decay=0.1, backend=backend)
+    opt.param_groups[0]["lr"] = -1e-13
+    p.grad = torch.ones(3)
+    opt.step()
+    assert same_bits(p.detach(), before)

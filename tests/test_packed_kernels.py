@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -384,6 +385,49 @@ def test_bad_input_changes_nothing(change: str, state_dtype: str) -> None:
         take_step(kernels(), batch, "madam")
     with pytest.raises((ValueError, TypeError), match=message):
         kernels().check(batch, "madam", None)
+    assert same_batches(batch, before)
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "name"),
+    [
+        ("int8", "scale"),
+        *itertools.product(STATE_DTYPES, ["theta", "g", "packed", "maximum", "step"]),
+    ],
+)
+def test_a_tensor_on_another_device_changes_nothing(state_dtype: str, name: str) -> None:
+    batch = make_batch([(2, 128), (3, 200)], state_dtype, "madam", amsgrad=True)
+    tensors = getattr(batch, name)
+    tensors[1] = tensors[1].to("meta")
+    before = [tensors_of[0].clone() for tensors_of in (batch.theta, batch.packed, batch.step)]
+    for run in (
+        lambda: take_step(kernels(), batch, "madam"),
+        lambda: kernels().check(batch, "madam", None),
+    ):
+        with pytest.raises(ValueError, match="is on meta"):
+            run()
+    after = [tensors_of[0] for tensors_of in (batch.theta, batch.packed, batch.step)]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("kind", ["dtype", "strides"])
+def test_scales_of_another_kind_are_refused(kind: str) -> None:
+    batch = make_batch([(2, 128), (3, 200)], "int8", "madam")
+    scale = batch.scale[1]
+    batch.scale[1] = scale.long() if kind == "dtype" else scale.t().contiguous().t()
+    before = copied(batch)
+    with pytest.raises(ValueError, match=r"maxva_scale\[1\] must be contiguous int32 \[3, 2\]"):
+        take_step(kernels(), batch, "madam")
+    assert same_batches(batch, before)
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_one_row_with_gaps_is_refused(state_dtype: str) -> None:
+    batch = make_batch([(1, 256)], state_dtype, "madam")
+    batch.theta[0] = torch.ones(1, 512)[:, ::2]
+    before = copied(batch)
+    with pytest.raises(ValueError, match="dimension 0 outermost"):
+        take_step(kernels(), batch, "madam")
     assert same_batches(batch, before)
 
 

@@ -211,6 +211,27 @@ def test_parameters_without_a_gradient_keep_their_index(backend: str) -> None:
     assert same_bits(params[1].detach(), expected)
 
 
+def test_parameters_after_a_group_without_gradients_keep_their_index(backend: str) -> None:
+    p = bfloat16_values(4000)
+    expected = decayed([p, p, p], backend)[2]
+    params = [Parameter(p.clone()) for _ in range(3)]
+    params[2].grad = torch.zeros_like(p)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    FusedMAdam(groups, backend=backend, **EXACT).step()
+    assert same_bits(params[2].detach(), expected)
+
+
+def test_parameter_whose_first_gradient_comes_late_is_rounded_so(backend: str) -> None:
+    p = bfloat16_values(4000)
+    expected = decayed([p, p], backend)[1]
+    params = [Parameter(p.clone()) for _ in range(2)]
+    opt = FusedMAdam(params, backend=backend, **EXACT)
+    for q in params:
+        q.grad = torch.zeros_like(p)
+        opt.step()
+    assert same_bits(params[1].detach(), expected)
+
+
 def test_resuming_goes_on_with_the_same_bits(backend: str, algorithm: str) -> None:
     def gradients(t: int) -> Tensor:
         return bfloat16_values(333, seed=100 + t)
