@@ -237,6 +237,8 @@ void check_parameter(const Common& common, at::ArrayRef<List> lists, const Round
   check_dtype(common.g[i], "gradient", i);
   check_like_parameter(common.g[i], theta, "gradient", i);
   if (common.grad_scale) check_writable(common.g[i], "gradient", i);
+  TORCH_CHECK_TYPE(common.master.empty() || theta.scalar_type() != at::kDouble, "maxva: parameter ",
+                   i, " is float64, which has no master weight");
   const auto arithmetic = theta.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const List& list : lists) {
     if (list.tensors.empty()) continue;

@@ -123,6 +123,8 @@ def check_tensors(batch: Batch, unscales: bool) -> None:
             _check_writable(g, "a gradient")
     shapes = [theta.shape for theta in batch.theta]
     dtypes = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in batch.theta]
+    if batch.master and torch.float64 in dtypes:
+        raise TypeError("a parameter is float64, which has no master weight")
     for step in batch.step:
         if step.numel() != 1 or step.dtype != torch.float32 or step.device != batch.device:
             raise ValueError(

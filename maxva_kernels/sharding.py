@@ -242,7 +242,7 @@ class Sharding:
             here = [(i, p) for i, p in enumerate(batch.theta) if isinstance(p, cls)]
             batch.rows = {i: self._row_of[id(p)] for i, p in here if id(p) in self._row_of}
             # the operators count up what they write, but do not see the DTensor around it
-            torch.autograd.graph.increment_version([p for _, p in here if not p.is_inference()])
+            torch.autograd.graph.increment_version([p for _, p in here])
             for i, p in here:
                 batch.theta[i] = p.to_local()
 

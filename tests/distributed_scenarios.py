@@ -50,7 +50,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from maxva_kernels import FusedLaMAdam, FusedMAdam, LaMAdam, MAdam
-from maxva_kernels.sharding import Sharding, linear_index
+from maxva_kernels.sharding import Sharding, holds_whole_blocks, linear_index
 from maxva_kernels.state import word_dtype
 
 WORLDS = (2, 4, 1, 3)
@@ -679,6 +679,107 @@ def compact_states_are_those_of_the_whole(directory: Path) -> None:
         twins.check(tolerance=0)
 
 
+@scenario(2)
+def a_piece_is_whole_blocks_only_of_rows_in_order(directory: Path) -> None:
+    full = torch.zeros(4, 4, 8, 8)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        laid_out = full.contiguous(memory_format=memory_format)
+        rows, columns = (
+            distribute_tensor(laid_out, mesh_of(2), [Shard(dim)], src_data_rank=None)
+            for dim in (0, 1)
+        )
+        assert columns.stride() == laid_out.stride()
+        assert holds_whole_blocks(rows)
+        assert holds_whole_blocks(columns) == (memory_format == torch.contiguous_format)
+    undivided = distribute_tensor(full, mesh_of(2, 1), [Shard(0), Shard(2)], src_data_rank=None)
+    assert holds_whole_blocks(undivided)
+    # pieces of two and of one, in whole blocks
+    uneven = distribute_tensor(torch.zeros(4, 3, 256), mesh_of(2), [Shard(1)], src_data_rank=None)
+    assert not holds_whole_blocks(uneven)
+
+
+@scenario(2)
+def meshes_with_a_dimension_of_one_rank(directory: Path) -> None:
+    """Are those without it: no collective for it, and blocks are cut by none."""
+    mesh, place = mesh_of(2, 1), [Shard(0), Shard(1)]
+    full = torch.linspace(-1, 1, 4 * 200).view(4, 200)
+    p = Parameter(distribute_tensor(full, mesh, place, src_data_rank=None))
+    q = Parameter(full.clone())
+    options = {"max_grad_norm": 0.5, "state_dtype": "int8", "fp32_state_below": 0}
+    opt, truth = FusedMAdam([p], **options), FusedMAdam([q], **options)
+    for t in range(2):
+        q.grad = torch.cos((100 + t) * full)
+        p.grad = distribute_tensor(q.grad, mesh, place, src_data_rank=None)
+        with counted_collectives() as calls:
+            opt.step()
+        assert len(calls) == 1
+        truth.step()
+    assert "maxva_packed" in opt.state[p]
+    close(p, q, 1e-6, "mesh of 2 x 1")
+
+
+@scenario(2)
+def a_gradient_on_another_mesh_is_refused(directory: Path) -> None:
+    mesh, other = mesh_of(2), mesh_of(1, 2)
+    full = torch.ones(4, 3)
+    p = Parameter(distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None))
+    p.grad = distribute_tensor(full, other, [Replicate(), Shard(0)], src_data_rank=None)
+    with raises(ValueError, "'odd'", "both must be DTensors of one mesh"):
+        FusedMAdam([("odd", p)]).step()
+    assert same_bits(p.detach().to_local(), torch.ones(2, 3))
+
+
+@scenario(2)
+def a_step_counts_the_version_of_a_dtensor(directory: Path) -> None:
+    """By which autograd notices that what it has saved was written."""
+    p = Parameter(distribute_tensor(torch.ones(4, 3), mesh_of(2), [Shard(0)], src_data_rank=None))
+    p.grad = distribute_tensor(torch.ones(4, 3), mesh_of(2), [Shard(0)], src_data_rank=None)
+    version = p._version
+    FusedMAdam([p]).step()
+    assert p._version > version
+
+
+@scenario(4)
+def alike_placements_on_other_meshes_are_summed_over_their_own_ranks(directory: Path) -> None:
+    mesh = mesh_of(2, 2)
+    full = [torch.linspace(k, 2, 12, dtype=torch.float64).view(4, 3) for k in (0, 1)]
+    params, truth_params = [], [Parameter(x.clone()) for x in full]
+    for x, q, name in zip(full, truth_params, ("replicate", "shard"), strict=True):
+        p = Parameter(distribute_tensor(x, mesh[name], [Shard(0)], src_data_rank=None))
+        q.grad = torch.cos(x)
+        p.grad = distribute_tensor(q.grad, mesh[name], [Shard(0)], src_data_rank=None)
+        params.append(p)
+    for some in (params, truth_params):
+        FusedMAdam(some, lr=0.1, max_grad_norm=0.1, trust_ratio=True, weight_decay=0.1).step()
+    for p, q in zip(params, truth_params, strict=True):
+        close(p, q, 1e-12, str(p.device_mesh))
+
+
+@scenario(4)
+def pieces_of_two_mesh_dimensions_are_multiplied(directory: Path) -> None:
+    for size in (2, 4):
+        p = distribute_tensor(torch.zeros(4, size, 128), mesh_of(2, 2), [Shard(1)] * 2)
+        assert holds_whole_blocks(p) == (size == 4)
+
+
+@scenario(4)
+def ranks_outside_of_a_mesh_are_not_asked(directory: Path) -> None:
+    mesh = DeviceMesh("cpu", [0, 1])
+    full = torch.linspace(1, 2, 12, dtype=torch.float64).view(4, 3)
+    p = Parameter(distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None))
+    q = Parameter(full.clone())
+    opt, truth = (FusedMAdam([x], max_grad_norm=0.5) for x in (p, q))
+    p.grad = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
+    q.grad = full.clone()
+    opt.step()
+    truth.step()
+    part = p.detach().to_local()
+    if rank() < 2:
+        close(part, q.detach().chunk(2)[rank()], 1e-12, "mesh of two ranks")
+    else:
+        assert part.numel() == 0
+
+
 # --- norm_process_group --------------------------------------------------------------------------
 
 
@@ -736,6 +837,35 @@ def a_norm_group_over_divided_plain_tensors(directory: Path) -> None:
     if rank() > 0:
         with raises(TypeError, "norm_process_group", "belongs to"):
             FusedMAdam([Parameter(torch.zeros(2))], norm_process_group=some)
+
+
+@scenario(2)
+def found_inf_holds_in_a_norm_group_that_needs_no_norm(directory: Path) -> None:
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = FusedMAdam([p], norm_process_group=dist.group.WORLD)
+    opt.found_inf = torch.tensor(float(rank() == 0))
+    opt.step()
+    assert same_bits(p.detach(), torch.ones(3))
+
+
+@scenario(2)
+def a_norm_group_knows_the_norms_of_flat_shards(directory: Path) -> None:
+    p = Parameter(torch.ones(3))
+    p._fsdp_flattened = True
+    p.grad = torch.ones(3)
+    options = {"max_grad_norm": 1.0, "skip_nonfinite": True, "collect_stats": True}
+    FusedMAdam([p], norm_process_group=dist.group.WORLD, **options).step()
+    assert bool((p != 1).all())
+
+
+@scenario(2)
+def a_norm_group_recognises_the_initialising_step_together(directory: Path) -> None:
+    p = Parameter(torch.ones(3))
+    p.grad = torch.full_like(p, float(rank() == 0))
+    opt = FusedMAdam([p], lr=0.0, norm_process_group=dist.group.WORLD)
+    opt.step()
+    assert opt.state[p]["step"] == 1
 
 
 @scenario(4)

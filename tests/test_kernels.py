@@ -1050,6 +1050,13 @@ BAD_ARGUMENTS: dict[str, tuple[Any, str]] = {
         }.items()
     },
     "rounding_of_float32": (assign(rounding=[0, 0, 0, 12, 12, 1, 0, 1, 0, 7, 7, 1]), "bfloat16"),
+    "master_of_float64": (
+        lambda a: a.update(
+            {name: [x.double() for x in a[name]] for name in ("theta", *"muvw")},
+            master=[x.clone() for x in a["theta"]],
+        ),
+        "parameter 0 is float64, which has no master weight",
+    ),
     "rounding_with_masters": (
         lambda a: a.update(
             theta=[x.bfloat16() for x in a["theta"]], master=[x.clone() for x in a["theta"]],
@@ -1110,6 +1117,21 @@ def test_whatever_is_written_counts_and_has_a_new_version() -> None:
     control[0] = 1.0
     call(arguments | {"control": control})
     assert counter.item() == 4
+
+
+def test_norms_are_set_whatever_was_there() -> None:
+    found = [torch.full((2, 2), x, dtype=torch.float64) for x in (0.0, 7.0, float("nan"))]
+    for norms in found:
+        call(operator_arguments(trust_ratio=True) | {"norms": norms, "phase": 1})
+    assert same_bits(found[0], found[1])
+    assert same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("found_inf", [-1.0, float("nan")])
+def test_found_inf_is_anything_but_0(found_inf: float) -> None:
+    control, square = torch.zeros(3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    torch.ops.maxva.write_control_(control, square, None, torch.tensor(found_inf), 2.0, False)
+    assert control.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,21 @@ def test_dtypes_by_the_rule(dtype: torch.dtype, algorithm: str) -> None:
     check_step(problem, "triton", grad_scale=4.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@interpreted
+def test_dtypes_with_the_trust_ratio_by_the_rule(dtype: torch.dtype) -> None:
+    """Several launches, each of which has norms of its own tensors, and not the first ones."""
+    problem = realistic_problem(
+        [(129,), (5, 7), (CHUNK + 1,), (33,)],
+        "madam",
+        dtype=dtype,
+        grad_dtype=list(FLOATS.values()),
+        trust_ratio=True,
+        weight_decay=0.1,
+    )
+    check_step(problem, "triton")
+
+
 def fused_multiply_add_is_fused() -> bool:
     """Whether this interpreter rounds tl.fma once; see Note [Rounding] in maxva_math.py."""
     import triton
@@ -178,6 +193,26 @@ def test_same_bits_as_the_cpp_kernel(
     assert same_bits(*outcome)
 
 
+@interpreted
+def test_same_bits_as_the_cpp_kernel_of_constant_gradients(algorithm: str) -> None:
+    """Whose variance is a difference of equal numbers, and negative in every second one."""
+    if not fused_multiply_add_is_fused():
+        pytest.skip("this Triton's interpreter rounds tl.fma twice")
+    from maxva_kernels import _C
+
+    if _C.cpu_isa() == "baseline":
+        pytest.skip("this processor's C++ kernels round a multiplication and addition twice")
+    outcome = []
+    for backend in ("triton", "cpu"):
+        p = Parameter(torch.ones(300))
+        opt = FUSED[algorithm]([p], backend=backend)
+        for _ in range(4):
+            p.grad = torch.linspace(0.1, 3, 300)
+            opt.step()
+        outcome.append(snapshot(opt))
+    assert same_bits(*outcome)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @interpreted
@@ -201,6 +236,75 @@ def test_signs_of_zeros_are_those_of_the_cpp_kernel(
         )
     assert all(not tensor.any() for tensor in outcome[0])
     assert same_bits(*outcome)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["", "master"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@interpreted
+def test_lr_0_keeps_the_bits(dtype: torch.dtype, master: bool) -> None:
+    """Those of what is no number, too, and under updates that are none."""
+    values = torch.tensor([1.0, -0.0, math.nan, -math.nan, math.inf])
+    params = [Parameter(values.repeat(n)[:n].to(dtype)) for n in (33, CHUNK)]
+    before = [p.detach().clone() for p in params]
+    opt = FUSED["madam"](params, lr=0.0, weight_decay=0.1, master_weights=master, backend="triton")
+    for p in params:
+        p.grad = torch.full_like(p, math.inf)
+    opt.step()
+    assert same_bits([p.detach() for p in params], before)
+    masters = [
+        opt.state[p].get("master_param", x.float()) for p, x in zip(params, before, strict=True)
+    ]
+    assert same_bits(masters, [x.float() for x in before])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@interpreted
+def test_eps_0_leaves_what_has_seen_no_gradient(amsgrad: bool, algorithm: str) -> None:
+    p = Parameter(torch.ones(2, 8))
+    opt = FUSED[algorithm]([p], lr=0.1, eps=0.0, amsgrad=amsgrad, backend="triton")
+    for _ in range(2):
+        p.grad = torch.tensor([[0.0], [1.0]]).expand(2, 8).clone()
+        opt.step()
+    assert bool((p[0] == 1).all())
+    assert bool((p[1] < 1).all())
+
+
+@interpreted
+def test_without_variance_beta_is_the_lower_bound(algorithm: str) -> None:
+    """Of 0 / 0, which delta = 0 permits."""
+    states = []
+    for backend in ("triton", "eager"):
+        p = Parameter(torch.ones(8))
+        opt = FUSED[algorithm]([p], delta=0.0, backend=backend)
+        for _ in range(3):
+            p.grad = torch.zeros(8)
+            opt.step()
+        states.append(opt.state[p]["maxva_weight"])
+    torch.testing.assert_close(*states, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("theta", "g", "weight_decay"),
+    [
+        (torch.linspace(1, 2, 8), torch.ones(8), 0.0),
+        (torch.zeros(8), torch.ones(8), 0.1),
+        # an update whose square is 0 in float64
+        (torch.full((8,), 1e-150, dtype=torch.float64), torch.zeros(8).double(), 1e-20),
+    ],
+    ids=["no decay", "no parameter", "no update"],
+)
+@interpreted
+def test_trust_ratio_is_1(theta: Tensor, g: Tensor, weight_decay: float, algorithm: str) -> None:
+    """Where there is nothing to compare."""
+    moved = []
+    for trust_ratio in (False, True):
+        p = Parameter(theta.clone())
+        p.grad = g.clone()
+        FUSED[algorithm](
+            [p], backend="triton", trust_ratio=trust_ratio, weight_decay=weight_decay
+        ).step()
+        moved.append(p.detach())
+    assert same_bits(*moved)
 
 
 # --- stochastic rounding ------------------------------------------------------------------------
@@ -414,6 +518,23 @@ def test_chunk_edges(options: dict[str, Any]) -> None:
     check_step(realistic_problem(shapes, **options), "triton")
 
 
+@interpreted
+def test_sums_of_more_chunks_than_lanes() -> None:
+    """Each tensor's into the row of its place in the caller's lists."""
+    from maxva_kernels.triton_kernels import multi_tensor_apply as mta
+
+    ends = [0, 300, 301, 301]
+    rows = torch.zeros(3, mta.ROW.value, dtype=torch.int64)
+    for row, first, end, index in zip(rows, ends, ends[1:], (2, 0, 1), strict=False):
+        row[mta.FIRST_CHUNK.value], row[mta.END_CHUNK.value] = first, end
+        row[mta.INDEX.value] = index
+    of_chunk = torch.arange(602, dtype=torch.float64).view(301, 2)
+    found = torch.full((3, 2), math.nan, dtype=torch.float64)
+    mta.add_sums_kernel[(3, 2)](rows, of_chunk, None, found, FIRST_FIELD=0, WIDTH=2)
+    first = of_chunk[:300].sum(0)
+    assert torch.equal(found, torch.stack([of_chunk[300], torch.zeros_like(first), first]))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @interpreted
@@ -443,6 +564,38 @@ def test_layouts(layout: str, grad_layout: str) -> None:
         opt.step()
     assert same_bits(snapshot(expected)["params"], snapshot(opt)["params"])
     assert same_bits(snapshot(expected)["states"], snapshot(opt)["states"])
+
+
+@interpreted
+def test_gaps_that_all_tensors_have_are_left() -> None:
+    """A parameter that is not dense goes through temporaries, though all are laid out as it is."""
+    given, expected = arguments(), arguments()
+    around = []
+    for name in ("theta", "g", *"muvw"):
+        whole = torch.full((3, 5), 7.0)
+        whole[:, :2] = given[name][0]
+        given[name][0] = whole[:, :2]
+        around.append(whole)
+    kernels().update_(**given)
+    kernels().update_(**expected)
+    for name in ("theta", *"muvw"):
+        assert same_bits(given[name], expected[name]), name
+    assert all(bool((whole[:, 2:] == 7.0).all()) for whole in around)
+
+
+@interpreted
+def test_groups_without_parameters_are_counted() -> None:
+    """More of them than a program has lanes."""
+    sizes = [0] * 130 + [2] + [0] * 130
+    given = arguments(
+        group_sizes=sizes,
+        group_step=[torch.zeros(1, dtype=torch.int32) for _ in sizes],
+        hyper=arguments()["hyper"] * len(sizes),
+        lr=[None] * len(sizes),
+    )
+    kernels().update_(**given)
+    assert all(int(step) == 1 for step in given["group_step"])
+    assert [step.item() for step in given["step"]] == [1, 1]
 
 
 @interpreted
@@ -511,6 +664,34 @@ def test_sum_of_squares() -> None:
     assert math.isnan(kernels().sum_of_squares([torch.tensor([1.0, math.nan])]).item())
 
 
+@pytest.mark.parametrize("numel", [1, 40000])
+@interpreted
+def test_sum_of_squares_of_one_size(numel: int) -> None:
+    """Where none of the gradients hides what another one adds."""
+    torch.manual_seed(0)
+    g = [
+        torch.randn(numel),
+        torch.randn(3, 5).bfloat16(),
+        torch.randn(17, 3).half()[:, 1],
+        torch.randn(16384, dtype=torch.float64),
+        torch.randn(16385)[1:],
+        torch.randn(9)[1:],
+    ]
+    for part in (g, *([tensor] for tensor in g)):
+        expected = math.fsum(x * x for tensor in part for x in tensor.double().flatten().tolist())
+        found = kernels().sum_of_squares(part).item()
+        assert abs(found / expected - 1) < 1e-13
+
+
+@interpreted
+def test_sum_of_more_chunks_than_a_block() -> None:
+    from maxva_kernels.triton_kernels import norm
+
+    partial, result = torch.ones(2049, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    norm.add_partial_sums_kernel[(1,)](partial, result, 2049)
+    assert result.item() == 2049
+
+
 @pytest.mark.parametrize("norm", [0.0, 0.3, 7.0, 1e39, math.inf, math.nan])
 @pytest.mark.parametrize("max_grad_norm", [0.1, 1.0, math.inf])
 @pytest.mark.parametrize("scale", [None, 3.0])
@@ -534,6 +715,15 @@ def test_control_block(
         )
         controls.append(control)
     torch.testing.assert_close(*controls, rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("found_inf", [-1.0, math.nan])
+@interpreted
+def test_found_inf_is_anything_but_0(found_inf: float) -> None:
+    control = torch.zeros(3, dtype=torch.float64)
+    square = torch.ones(1, dtype=torch.float64)
+    kernels().write_control_(control, square, None, torch.tensor(found_inf), 2.0, False)
+    assert control.tolist() == [1.0, 1.0, 1.0]
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -626,6 +816,24 @@ def test_no_stale_table(change: Any, asked: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
     for ours, theirs in zip(outcome[0]["states"], outcome[1]["states"], strict=True):
         assert ours["step"] == theirs["step"]
+
+
+@interpreted
+def test_exchanged_counters_are_found(asked: str) -> None:
+    """Those of groups, too; and what is no counter any more is refused where the old one was."""
+    given = arguments(group_step=[torch.zeros(1, dtype=torch.int32)])
+    kernels().update_(**given)
+    first = given["group_step"][0]
+    given["group_step"] = [torch.zeros(1, dtype=torch.int32)]
+    kernels().update_(**given)
+    assert [int(step) for step in (first, *given["group_step"])] == [1, 1]
+    pair = torch.zeros(2)
+    given["step"][1] = pair[:1]
+    kernels().update_(**given)
+    given["step"][1] = pair
+    with pytest.raises(ValueError, match="step must have one element"):
+        kernels().update_(**given)
+    assert pair.tolist() == [1, 0]
 
 
 @interpreted
@@ -780,6 +988,11 @@ MASTER = [torch.ones(3, 2), torch.ones(4)]
     ("changes", "error", "words"),
     [
         ({"algorithm": "adam"}, ValueError, "algorithm"),
+        (
+            {"theta": [x.double() for x in MASTER], "master": MASTER},
+            TypeError,
+            "parameter 0 is float64, which has no master weight",
+        ),
         ({"phase": 3}, ValueError, "phase"),
         ({"g": [torch.rand(3, 2)]}, ValueError, "2 parameters, but 1 gradients"),
         ({"u": []}, ValueError, r"2 parameters, but 0 of maxva_avg \(u\)"),
@@ -851,6 +1064,17 @@ def test_version_counters() -> None:
     kernels().update_(**given)
     after = [tensor._version for tensor in (*given["theta"], *given["g"])]
     assert all(b > a for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", ["theta", "g", "v"])
+@interpreted
+def test_a_tensor_without_strides_is_named(name: str, asked: str) -> None:
+    """Though to ask for them raises before anything is checked."""
+    given = arguments()
+    given[name][1] = given[name][1].to_sparse()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="only dense"):
+            kernels().update_(**given)
 
 
 # --- availability --------------------------------------------------------------------------------

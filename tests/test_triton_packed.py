@@ -98,6 +98,19 @@ def test_encoding_is_the_definition(word: str, algorithm: str) -> None:
         assert same_bits(found[2], expected.maximum)
 
 
+@interpreted
+def test_a_unit_below_the_normal_numbers_is_none() -> None:
+    """Its reciprocal need not be finite, and the element would be taken for lost."""
+    from triton_codes import encoded
+
+    tiny, zero = torch.full((16, 128), 2.0**-140), torch.zeros(16, 128)
+    moments = [tiny, tiny, zero, torch.full((16, 128), 0.25), zero]
+    words = torch.zeros(16, 128, dtype=torch.int64)
+    packed = encoded(moments, words, torch.int32, ALGORITHMS["madam"])[0]
+    assert bool((packed & 0xFF == 0).all())
+    assert bool((packed >> 16 & 0xFF == 0).all())
+
+
 def all_codes(largest_signed: int, largest_unsigned: int) -> Tensor:
     """int64 [4, 16, 128]: every code up to these magnitudes in every slot."""
     generator = torch.Generator().manual_seed(1)
@@ -472,12 +485,68 @@ def test_rows_and_layouts(shape: Any, layout: str, grad_layout: str, word: str) 
     check_step(batch, "madam", grad_scale=None if grad_layout == "expanded" else torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", ["decoupled_nesterov", "l2_amsgrad", "maximize_inside", "alpha_0_beta_high_1"]
+)
+@interpreted
+def test_options_of_whole_chunks(name: str, algorithm: str) -> None:
+    """Where the options that few use would be left out."""
+    check_step(make_batch([(32, 128)], algorithm=algorithm, **OPTIONS[name]), algorithm)
+
+
 @pytest.mark.parametrize("shape", [(33, 128), (3, 132)])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @interpreted
 def test_random_words_of_shards(rows: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """A chunk and rows whose threads make a call's four words, or one word at a time."""
     check_step(make_batch([shape], rows=[rows], dtype=torch.bfloat16), "madam")
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", [(32, 128), (2, 200)])
+@interpreted
+def test_eps_0_leaves_what_has_seen_no_gradient(
+    shape: tuple[int, ...], algorithm: str, amsgrad: bool
+) -> None:
+    batch = make_batch([shape], algorithm=algorithm, fresh=True, amsgrad=amsgrad, eps=0.0)
+    batch.g[0][:, ::3] = 0.0
+    after = check_step(batch, algorithm)
+    assert same_bits(after.theta[0][:, ::3], batch.theta[0][:, ::3])
+
+
+@interpreted
+def test_without_variance_beta_is_the_lower_bound() -> None:
+    """Of 0 / 0, which delta = 0 permits."""
+    batch = make_batch([(2, 200)], fresh=True, delta=0.0)
+    batch.g[0].zero_()
+    for _ in range(2):
+        batch = check_step(batch, "madam")
+
+
+@interpreted
+def test_random_words_of_rows_that_begin_inside_a_call() -> None:
+    """Whose offset and length here are whole calls."""
+    row = 5, 2, 8, 132, 135
+    check_step(make_batch([(3, 132)], rows=[row], dtype=torch.bfloat16), "madam")
+
+
+@interpreted
+def test_master_weights_may_be_laid_out_otherwise() -> None:
+    """They have no blocks."""
+    batch = make_batch([(3, 150)], dtype=torch.bfloat16, master=True)
+    expected = steps(batch)
+    batch.master[0] = batch.master[0].t().contiguous().t()
+    found = steps(batch)
+    for name in ("theta", "packed", "scale", "master"):
+        assert same_bits(getattr(found, name), getattr(expected, name)), name
+
+
+@interpreted
+def test_random_words_of_later_chunks() -> None:
+    """Of whole ones, which count their elements from their own first block."""
+    check_step(make_batch([(65, 128)], dtype=torch.bfloat16), "madam")
 
 
 @pytest.mark.parametrize("options", [
@@ -541,6 +610,30 @@ def test_four_elements_are_asked_to_be_aligned_and_no_more(
     assert taken == [path]
 
 
+@pytest.mark.parametrize("name", ["packed", "maximum", "master"])
+@interpreted
+def test_states_are_asked_to_be_aligned_as_theta_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maxva_kernels.triton_kernels import packed_update
+
+    taken = []
+    update_blocks = packed_update.update_blocks
+
+    def recorded(*args: Any, FOURS: bool, **paths: bool) -> Any:
+        taken.append(FOURS)
+        return update_blocks(*args, FOURS=FOURS, **paths)
+
+    monkeypatch.setattr(packed_update, "update_blocks", recorded)
+    for elements in (4, 2):
+        batch = make_batch([(32, 128)], dtype=torch.bfloat16, master=True, amsgrad=True)
+        [tensor] = getattr(batch, name)
+        there = torch.empty(tensor.numel() + elements, dtype=tensor.dtype)[elements:]
+        setattr(batch, name, [there.view(tensor.shape).copy_(tensor)])
+        call(batch)
+    assert taken == [True, False]
+
+
 @interpreted
 def test_several_groups_and_dtypes() -> None:
     """A launch per pair of dtypes, each tensor with its own group's scalars and random words."""
@@ -575,6 +668,19 @@ def test_lr_0_keeps_theta_and_moves_the_states() -> None:
     after = check_step(batch, "madam")
     assert same_bits(after.theta, batch.theta)
     assert (after.packed[0] != batch.packed[0]).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(32, 128), (2, 200)])
+@pytest.mark.parametrize("master", [False, True], ids=["", "master"])
+@interpreted
+def test_lr_0_keeps_theta_under_updates_that_are_no_numbers(
+    shape: tuple[int, ...], master: bool
+) -> None:
+    batch = make_batch([shape], dtype=torch.bfloat16, master=master, lr=0.0, weight_decay=0.1)
+    batch.g[0].fill_(math.inf)
+    after = steps(batch)
+    assert same_bits(after.theta, batch.theta)
+    assert same_bits(after.master, batch.master)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -707,3 +813,12 @@ def test_version_counters() -> None:
     call(batch, grad_scale=torch.tensor(2.0))
     after = [tensor._version for tensor in (*batch.theta, *batch.g)]
     assert all(b > a for a, b in zip(before, after, strict=True))
+
+
+@interpreted
+def test_a_parameter_without_dimensions_is_refused() -> None:
+    batch = make_batch([(1, 130)])
+    for name in ("theta", "g", "packed"):
+        setattr(batch, name, [getattr(batch, name)[0][0, 0]])
+    with pytest.raises(ValueError, match="dimension 0 outermost"):
+        call(batch)

@@ -231,6 +231,8 @@ def check_tensors(lists: TensorLists) -> None:
         check_writable(theta, f"parameter {i}")
         check_dtype(lists.g[i], "gradient", i)
         check_like_parameter(lists.g[i], theta, "gradient", i)
+        if lists.states["master"] and theta.dtype == torch.float64:
+            raise TypeError(f"maxva: parameter {i} is float64, which has no master weight")
         check_states = _check_packed_states if lists.is_packed else _check_float_states
         check_states(lists, i)
         check_one_element(lists.step[i], "step", torch.float32, device)

@@ -107,7 +107,8 @@ def update_(
         v: weighted sums of squares.
         w: sums of weights.
         vmax: maxima of v/w, or empty.
-        master: float32 copies that are moved instead of theta and rounded into it, or empty.
+        master: float32 copies that are moved instead of theta and rounded into it, or empty; of no
+            float64 parameters.
         step: float32 counters of one element.
         group_step: int32 counters of one element, of groups that this call is to count.
         group_sizes: how many consecutive parameters each group has.
@@ -224,9 +225,9 @@ def _update(
         if fitter is not None:
             fitter.copy_back()
     # states are left out: autograd never sees them, and the time is a tenth of the step's
-    _bump_versions(given.theta)
+    increment_version(given.theta)
     if grad_scale is not None:
-        _bump_versions(given.g)
+        increment_version(given.g)
 
 
 def _find_update_table(lists: TensorLists) -> UpdateTable:
@@ -241,16 +242,8 @@ def _find_update_table(lists: TensorLists) -> UpdateTable:
         raise
     owner = lists.step[0]
     if owner not in _update_tables:
-        check_tensors(lists)
         _update_tables[owner] = Tables(MAX_UPDATE_TABLES)
     return _update_tables[owner].find(found, lists.theta[0].device, build)
-
-
-def _bump_versions(tensors: Sequence[Tensor]) -> None:
-    try:
-        increment_version(tensors)
-    except RuntimeError:  # inference tensors have no version
-        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _step_words(
@@ -342,7 +335,7 @@ def _launch_chunks(
             "THETA_DTYPE": _TL_DTYPES[c.theta_dtype],
             "G_DTYPE": _TL_DTYPES[c.g_dtype],
             "ALGORITHM": algorithm,
-            "HAS_MASTER": bool(lists.states["master"]) and c.theta_dtype != torch.float64,
+            "HAS_MASTER": bool(lists.states["master"]),
             "PHASE": phase,
         }
         if lists.is_packed:
